@@ -1,0 +1,162 @@
+"""Configuration of the latent action quantizer."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# Kernel, stride and padding of the convolutions that turn the patch grid into latent tokens in the published code,
+# by number of latent tokens. A ReLU stands between two convolutions.
+PUBLISHED_CNN_BOTTLENECKS: dict[int, tuple[tuple[tuple[int, int], int, int], ...]] = {
+    1: (((3, 3), 2, 1), ((4, 4), 1, 0)),
+    2: (((3, 3), 2, 1), ((3, 4), 1, 0)),
+    4: (((3, 3), 2, 1), ((3, 3), 1, 0)),
+    16: (((3, 3), 2, 1), ((3, 3), 2, 1)),
+    64: (((3, 3), 2, 1),),
+    256: (((3, 3), 2, 1),),
+}
+
+
+def cnn_bottleneck_grid(num_latent_tokens: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Size of the latent grid that the published convolutions make of a patch grid; None where they do not fit."""
+    height, width = grid
+    for (kernel_h, kernel_w), stride, padding in PUBLISHED_CNN_BOTTLENECKS.get(num_latent_tokens, ()):
+        height = (height + 2 * padding - kernel_h) // stride + 1
+        width = (width + 2 * padding - kernel_w) // stride + 1
+    if num_latent_tokens not in PUBLISHED_CNN_BOTTLENECKS or height < 1 or width < 1:
+        return None
+    return (height, width) if height * width == num_latent_tokens else None
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@strict
+class LapaQuantizerConfig(PreTrainedConfig):
+    r"""
+    Sizes and switches of [`LapaQuantizer`]. The defaults are the released `laq_openx.pt` (343.8M parameters).
+
+    Args:
+        hidden_size (`int`, defaults to 1024): Width of the encoder and of the decoder.
+        codebook_dim (`int`, defaults to 32): Width of a latent action embedding and of a codebook entry.
+        codebook_size (`int`, defaults to 8): Number of codes.
+        num_latent_tokens (`int`, defaults to 4): Codes per frame pair.
+        image_size, patch_size (`int` or `[height, width]`, default to 256 and 32): In pixels; patches must divide
+            the image.
+        num_channels (`int`, defaults to 3): Colour channels of a frame.
+        num_spatial_layers (`int`, defaults to 8): Layers of the spatial encoder, and of the decoder.
+        num_temporal_layers (`int`, defaults to 8): Layers of the temporal encoder.
+        num_attention_heads, head_dim (`int`, default to 16 and 64): Attention sizes.
+        num_null_key_values (`int`, defaults to 2): Learned key/value pairs that cross attention always sees.
+        bottleneck (`str`, defaults to `"cnn"`): `"cnn"`, the published convolutions, which fit a few pairs of patch
+            grid and `num_latent_tokens` only, or `"query"`, learned queries that attend to the patch tokens and serve
+            any number of latent tokens.
+        quantizer (`str`, defaults to `"nsvq"`): `"nsvq"` (noise substitution, published), `"vq"` (straight-through
+            with codebook and commitment loss) or `"fsq"` (finite scalar quantisation, no codebook to collapse).
+        fsq_levels (`list[int]`, *optional*): Levels per FSQ dimension; their product must be `codebook_size`.
+            Required by, and only allowed with, `quantizer="fsq"`.
+        commitment_weight (`float`, defaults to 0.25): Weight of the commitment loss of `quantizer="vq"`.
+        action_injection (`str`, defaults to `"cross_attention"`): How the decoder receives the latent action:
+            `"cross_attention"` (published) or `"additive"` (added to every patch embedding, as in Genie).
+        stop_gradient_first_frame (`bool`, defaults to `True`): Whether the decoder's view of the first frame is
+            detached in training (published).
+        residual_decoding (`bool`, defaults to `False`): Whether the decoder predicts the change of the first frame
+            instead of the whole next frame.
+        interleave_latent_tokens (`bool`, defaults to `True`): Whether the quantised tokens are reinterpreted as
+            (codebook_dim, tokens) before the decoder, as the published code does. With more than one latent token
+            this mixes channels of different tokens; the released weights need it.
+        codebook_init_std (`float`, defaults to 1.0): Standard deviation of a fresh codebook (published: 1).
+    """
+
+    model_type = "lapa_quantizer"
+
+    hidden_size: int = 1024
+    codebook_dim: int = 32
+    codebook_size: int = 8
+    num_latent_tokens: int = 4
+    image_size: int | list[int] | tuple[int, ...] = 256
+    patch_size: int | list[int] | tuple[int, ...] = 32
+    num_channels: int = 3
+    num_spatial_layers: int = 8
+    num_temporal_layers: int = 8
+    num_attention_heads: int = 16
+    head_dim: int = 64
+    num_null_key_values: int = 2
+    bottleneck: str = "cnn"
+    quantizer: str = "nsvq"
+    fsq_levels: list[int] | tuple[int, ...] | None = None
+    commitment_weight: float = 0.25
+    action_injection: str = "cross_attention"
+    stop_gradient_first_frame: bool = True
+    residual_decoding: bool = False
+    interleave_latent_tokens: bool = True
+    codebook_init_std: float = 1.0
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Frame size in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Patch size in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        return height // patch_height, width // patch_width
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation: sizes that cannot work together."""
+        for name in ("hidden_size", "codebook_dim", "codebook_size", "num_latent_tokens", "num_channels",
+                     "num_spatial_layers", "num_temporal_layers", "num_attention_heads", "head_dim"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, options in (
+            ("bottleneck", ("cnn", "query")),
+            ("quantizer", ("nsvq", "vq", "fsq")),
+            ("action_injection", ("cross_attention", "additive")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"`{name}` must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f"`{name}` must be one number or [height, width], got {value}.")
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        if min(height, width, patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) is not a multiple of `patch_size` ({self.patch_size})."
+            )
+        self._validate_bottleneck()
+        self._validate_quantizer()
+
+    def _validate_bottleneck(self) -> None:
+        if self.bottleneck == "cnn" and cnn_bottleneck_grid(self.num_latent_tokens, self.grid) is None:
+            fitting = [n for n in PUBLISHED_CNN_BOTTLENECKS if cnn_bottleneck_grid(n, self.grid) is not None]
+            raise ValueError(
+                f'`bottleneck="cnn"` cannot make `num_latent_tokens` ({self.num_latent_tokens}) out of the patch grid '
+                f"{self.grid[0]}x{self.grid[1]}: on this grid it makes {fitting or 'none'}. "
+                'Use `bottleneck="query"` for any other number.'
+            )
+
+    def _validate_quantizer(self) -> None:
+        if (self.quantizer == "fsq") != (self.fsq_levels is not None):
+            raise ValueError(
+                f'`fsq_levels` ({self.fsq_levels}) must be given with `quantizer="fsq"` and only then; '
+                f"`quantizer` is {self.quantizer!r}."
+            )
+        if self.fsq_levels is not None:
+            if min(self.fsq_levels) < 2:
+                raise ValueError(f"`fsq_levels` must be at least 2 each, got {self.fsq_levels}.")
+            if math.prod(self.fsq_levels) != self.codebook_size:
+                raise ValueError(
+                    f"`fsq_levels` ({self.fsq_levels}) multiply to {math.prod(self.fsq_levels)}, which is not "
+                    f"`codebook_size` ({self.codebook_size})."
+                )
+
+
+__all__ = ["LapaQuantizerConfig"]

@@ -1,0 +1,1 @@
+"""From the published checkpoints to Hugging Face folders."""

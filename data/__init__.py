@@ -1,0 +1,1 @@
+"""Sources of video and actions."""

@@ -1,0 +1,1 @@
+"""The LAPA models."""

@@ -1,0 +1,196 @@
+"""Discrete bottlenecks of the latent action quantizer: NSVQ (published), VQ and FSQ.
+
+None of them changes its codebook in a forward pass: counting usage and replacing unused codes is the trainer's work.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
+
+# Added to the ratio of norms in NSVQ and to probabilities inside a logarithm (published code).
+EPSILON = 1e-12
+
+
+@dataclass
+class VectorQuantizerOutput(ModelOutput):
+    """
+    What a bottleneck makes of `num_vectors` embeddings.
+
+    Args:
+        quantized (`torch.FloatTensor` of shape `(num_vectors, codebook_dim)`): What the decoder receives.
+        codes (`torch.LongTensor` of shape `(num_vectors,)`): Index of the chosen code, in [0, codebook_size).
+        loss (`torch.FloatTensor`, scalar): Loss of the bottleneck itself; 0 where it has none.
+        perplexity (`torch.FloatTensor`, scalar): exp of the entropy of the codes, in [1, codebook_size].
+    """
+
+    quantized: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+    loss: torch.FloatTensor | None = None
+    perplexity: torch.FloatTensor | None = None
+
+
+def code_perplexity(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """Perplexity of integer `codes` of any shape: 1 when one code is used, `codebook_size` when all are used equally."""
+    probabilities = torch.bincount(codes.flatten(), minlength=codebook_size).float() / codes.numel()
+    return torch.exp(-torch.sum(probabilities * torch.log(probabilities + EPSILON)))
+
+
+class CodebookQuantizer(nn.Module):
+    """Nearest-neighbour quantisation with a learned codebook; subclasses say how gradients pass."""
+
+    def __init__(self, config: LapaQuantizerConfig):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebook.shape[0]
+
+    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Codes (num_vectors,) int64 of the nearest entries to `embeddings` (num_vectors, codebook_dim)."""
+        # In fp32 and in the published form |x|^2 - 2xc + |c|^2: ties and near-ties must fall as they do there.
+        x, codebook = embeddings.float(), self.codebook.float()
+        distances = (x**2).sum(1, keepdim=True) - 2 * (x @ codebook.t()) + (codebook.t() ** 2).sum(0, keepdim=True)
+        return distances.argmin(1)
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Quantised vectors (..., codebook_dim) of integer `codes` of any shape."""
+        return self.codebook[codes]
+
+
+class NoiseSubstitutionQuantizer(CodebookQuantizer):
+    """NSVQ: in training the quantisation error is replaced by noise of the same length, which has a gradient."""
+
+    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None = None) -> VectorQuantizerOutput:
+        """
+        Args:
+            embeddings: (num_vectors, codebook_dim) float.
+            noise: (num_vectors, codebook_dim) standard normal. Drawn in training when None; in evaluation None means
+                the hard code.
+        """
+        codes = self.nearest(embeddings)
+        hard = self.lookup(codes)
+        if noise is None and not self.training:
+            quantized = hard
+        else:
+            if noise is None:
+                noise = torch.randn_like(embeddings)
+            residual_norm = (embeddings - hard).square().sum(1, keepdim=True).sqrt()
+            noise_norm = noise.square().sum(1, keepdim=True).sqrt()
+            quantized = embeddings + (residual_norm / noise_norm + EPSILON) * noise
+        perplexity = code_perplexity(codes, self.codebook_size)
+        return VectorQuantizerOutput(quantized, codes, embeddings.new_zeros(()), perplexity)
+
+
+class StraightThroughQuantizer(CodebookQuantizer):
+    """VQ: straight-through gradient, codebook loss and commitment loss (VQ-VAE)."""
+
+    def __init__(self, config: LapaQuantizerConfig):
+        super().__init__(config)
+        self.commitment_weight = config.commitment_weight
+
+    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None = None) -> VectorQuantizerOutput:
+        """Quantises `embeddings` (num_vectors, codebook_dim); `noise` does not apply and must be None."""
+        _refuse_noise(noise, "vq")
+        codes = self.nearest(embeddings)
+        hard = self.lookup(codes)
+        codebook_loss = (hard - embeddings.detach()).square().mean()
+        commitment_loss = (embeddings - hard.detach()).square().mean()
+        return VectorQuantizerOutput(
+            quantized=embeddings + (hard - embeddings).detach(),
+            codes=codes,
+            loss=codebook_loss + self.commitment_weight * commitment_loss,
+            perplexity=code_perplexity(codes, self.codebook_size),
+        )
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ: each of a few dimensions is bounded and rounded to its levels; the code is their mixed-radix number."""
+
+    def __init__(self, config: LapaQuantizerConfig):
+        super().__init__()
+        assert config.fsq_levels is not None
+        self.levels = list(config.fsq_levels)
+        self.codebook_size = math.prod(self.levels)
+        self.projection_in = nn.Linear(config.codebook_dim, len(self.levels))
+        self.projection_out = nn.Linear(len(self.levels), config.codebook_dim)
+
+    def _levels(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.levels, device=like.device, dtype=torch.float32)
+
+    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None = None) -> VectorQuantizerOutput:
+        """Quantises `embeddings` (num_vectors, codebook_dim); `noise` does not apply and must be None."""
+        _refuse_noise(noise, "fsq")
+        levels = self._levels(embeddings)
+        # Each coordinate lies in [0, levels - 1], so that rounding reaches every level and no other.
+        position = (torch.tanh(self.projection_in(embeddings).float()) + 1) / 2 * (levels - 1)
+        rounded = position.round()
+        codes = (rounded.long() * self._radix(embeddings)).sum(-1)
+        straight_through = position + (rounded - position).detach()
+        return VectorQuantizerOutput(
+            quantized=self._project_out(straight_through, levels),
+            codes=codes,
+            loss=embeddings.new_zeros(()),
+            perplexity=code_perplexity(codes, self.codebook_size),
+        )
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Quantised vectors (..., codebook_dim) of integer `codes` of any shape."""
+        levels = self._levels(self.projection_out.weight)
+        position = codes.unsqueeze(-1) // self._radix(codes) % levels.long()
+        return self._project_out(position.float(), levels)
+
+    def _project_out(self, position: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        centred = 2 * position / (levels - 1) - 1
+        return self.projection_out(centred.to(self.projection_out.weight.dtype))
+
+    def _radix(self, like: torch.Tensor) -> torch.Tensor:
+        radix = [math.prod(self.levels[i + 1 :]) for i in range(len(self.levels))]
+        return torch.tensor(radix, device=like.device)
+
+
+def _refuse_noise(noise: torch.Tensor | None, quantizer: str) -> None:
+    if noise is not None:
+        raise ValueError(f'`noise` applies to `quantizer="nsvq"` only; this model has `quantizer="{quantizer}"`.')
+
+
+VECTOR_QUANTIZERS = {
+    "nsvq": NoiseSubstitutionQuantizer,
+    "vq": StraightThroughQuantizer,
+    "fsq": FiniteScalarQuantizer,
+}
+
+
+@torch.no_grad()
+def replace_unused_codes_published(
+    codebook: torch.Tensor, usage_counts: torch.Tensor, num_batches: int, threshold: float = 0.1
+) -> int:
+    """Overwrite rarely used entries by copies of used ones, by the published rule, in place.
+
+    Args:
+        codebook: (codebook_size, codebook_dim) float, edited in place.
+        usage_counts: (codebook_size,) integer uses since the last call.
+        num_batches: What the counts are divided by; the published code passes its batch size.
+        threshold: Entries used less often than this share are replaced.
+
+    Returns:
+        How many entries were replaced. With no used entry at all, none is: the codebook only gets 1e-12 noise.
+    """
+    # Division in fp32 as published: 10 / 100 < 0.1 must be decided as it is there.
+    share = usage_counts.cpu() / num_batches
+    unused, used = torch.where(share < threshold)[0], torch.where(share >= threshold)[0]
+    if len(used) == 0:
+        codebook += EPSILON * torch.randn(codebook.shape).to(codebook)
+        return 0
+    donors = codebook[used.to(codebook.device)].clone()
+    if len(used) < len(unused):
+        donors = donors.repeat(int(len(unused) / (len(used) + EPSILON) + 1), 1)
+        donors = donors[torch.randperm(len(donors)).to(donors.device)]
+    noise = EPSILON * torch.randn(len(unused), codebook.shape[1])
+    codebook[unused.to(codebook.device)] = donors[: len(unused)] + noise.to(codebook)
+    return len(unused)

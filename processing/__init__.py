@@ -1,0 +1,1 @@
+"""From images, instructions and actions to model inputs, and back."""

@@ -1,0 +1,82 @@
+"""Maps the repository's top-level folders into the single namespace `lapa`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# Folders at the root of the repository that become `lapa.<folder>`; the front door `lapa/` itself comes first.
+SUBPACKAGES = (
+    "configuration",
+    "processing",
+    "modeling_lapa",
+    "data",
+    "training",
+    "evaluation",
+    "evaluation.environments",
+    "serving",
+    "conversion",
+    "hub_cards",
+)
+
+CORE = [
+    "torch>=2.6",
+    "transformers>=5.23",
+    "datasets>=5.0",
+    "accelerate>=1.10",
+    "peft>=0.19",
+    "huggingface_hub>=2.0",
+    "safetensors>=0.6",
+    "trl>=1.10",
+    "av>=14",
+    "numpy>=1.26",
+    "pillow>=10",
+    "protobuf",
+    "sentencepiece",
+    "tensorboard",
+]
+EXTRAS = {
+    "sim": ["gymnasium>=1.0", "pymunk>=7.0"],
+    "convert": ["msgpack>=1.0"],
+    "quantize": ["bitsandbytes>=0.48"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["sim"],
+    *EXTRAS["convert"],
+    *EXTRAS["quantize"],
+    "build",
+    "mypy",
+    "opencv-python-headless",
+    "pandas",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+    "types-PyYAML",
+    "wheel",
+]
+
+setup(
+    name="lapa",
+    version="0.1.0",
+    description="Hugging Face-native latent action pretraining: from video to robot policies",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["lapa", *(f"lapa.{name}" for name in SUBPACKAGES)],
+    package_dir={"lapa": "lapa", **{f"lapa.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
+    package_data={
+        "lapa": ["py.typed"],
+        "lapa.training": ["recipes/*.yaml"],
+        "lapa.hub_cards": ["templates/*"],
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["lapa=lapa.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
