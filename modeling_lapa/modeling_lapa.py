@@ -133,6 +133,16 @@ class LapaPreTrainedModel(PreTrainedModel):
         if std is not None and isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; the vision tokenizer is frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, LapaVisionTokenizer):
+                module.requires_grad_(False)  # loading put new, trainable parameters in place of the frozen ones
+        return loaded
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As in `PreTrainedModel`; the layers read `text_config`, which belongs to no sub-model of its own."""
         text_config = self.config.text_config

@@ -84,6 +84,17 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def feed_forward_width(config: LapaQuantizerConfig) -> int:
+    """Inner width of the feed-forward layers, two thirds of four times the hidden size (GEGLU)."""
+    return int(4 * (2 / 3) * config.hidden_size)
+
+
+def _in_dtype_of(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`states` in the dtype of a module's weights; as they are for a layer with packed integer weights."""
+    weight = module.weight
+    return states.to(weight.dtype) if weight.is_floating_point() else states
+
+
 class LapaQuantizerPatchEmbedding(nn.Module):
     """Cuts frames into patches, shared by both frames."""
 
@@ -102,7 +113,7 @@ class LapaQuantizerPatchEmbedding(nn.Module):
         patches = frames.reshape(batch, channels, grid[0], self.patch_height, grid[1], self.patch_width)
         # b c h p1 w p2 -> b (h w) (c p1 p2)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], -1)
-        return self.norm_out(self.projection(self.norm_in(patches)))
+        return self.norm_out(self.projection(self.norm_in(_in_dtype_of(self.norm_in, patches))))
 
 
 class LapaQuantizerPositionBias(nn.Module):
@@ -198,6 +209,8 @@ class LapaQuantizerAttention(nn.Module):
             value = torch.cat((null[:, :, 1::2], value), dim=2)
         query = F.normalize(query, dim=-1) * self.q_scale
         key = F.normalize(key, dim=-1) * self.k_scale
+        if position_bias is not None:
+            position_bias = position_bias.to(query.dtype)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -212,14 +225,15 @@ class LapaQuantizerFeedForward(nn.Module):
 
     def __init__(self, config: LapaQuantizerConfig):
         super().__init__()
-        inner_dim = int(4 * (2 / 3) * config.hidden_size)
+        inner_dim = feed_forward_width(config)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.up_proj = nn.Linear(config.hidden_size, 2 * inner_dim, bias=False)
         self.down_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
-        return self.down_proj(value * F.gelu(gate))
+        value, gate = self.up_proj(_in_dtype_of(self.up_proj, self.norm(hidden_states))).chunk(2, dim=-1)
+        inner = value * F.gelu(gate)
+        return self.down_proj(_in_dtype_of(self.down_proj, inner)).to(hidden_states.dtype)
 
 
 class LapaQuantizerLayer(GradientCheckpointingLayer):
@@ -319,6 +333,23 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LapaQuantizerLayer"]  # noqa: RUF012
     # No flash or flex attention: the spatial layers add a learned bias to the scores.
     _supports_sdpa = True
+    # In 8-bit, 4-bit and fp16 models: narrow layers, a small share of the weights, on which the codes hang.
+    _keep_in_fp32_modules = ["position_bias", "bottleneck", "vector_quantizer", "latent_projection"]  # noqa: RUF012
+
+    def __init__(self, config: LapaQuantizerConfig):
+        super().__init__(config)
+        patch_dim = config.num_channels * math.prod(config.patch_height_width)
+        # bitsandbytes' 4-bit kernel for CPUs takes widths in multiples of 64 only; the published inner one is 2730.
+        odd = {
+            "up_proj": feed_forward_width(config),
+            "down_proj": feed_forward_width(config),
+            "patch_embedding": patch_dim,
+            "to_pixels": patch_dim,
+        }
+        self._keep_in_fp32_modules = [
+            *type(self)._keep_in_fp32_modules,
+            *(name for name, width in odd.items() if width % 64),
+        ]
 
     def _init_weights(self, module: nn.Module) -> None:
         # The published code keeps torch's own initialisation.
@@ -389,7 +420,8 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
         tokens = tokens.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)
         tokens = self.temporal_encoder(tokens, video_shape)
         first, last = tokens.unflatten(0, (batch, length)).unbind(2)
-        return self.bottleneck(last) - self.bottleneck(first)
+        dtype = self.bottleneck.projection_in.weight.dtype
+        return self.bottleneck(last.to(dtype)) - self.bottleneck(first.to(dtype))
 
     def _predict_next_frame(
         self,
@@ -403,12 +435,12 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
         if config.interleave_latent_tokens:
             # The published code views token-major vectors as (codebook_dim, tokens) without transposing first.
             quantized = quantized.reshape(len(quantized), config.codebook_dim, -1).transpose(1, 2)
-        actions = self.latent_projection(quantized)
+        actions = self.latent_projection(quantized).to(first_tokens.dtype)
         if config.action_injection == "additive":
             first_tokens = first_tokens + actions.mean(1, keepdim=True)
         tokens = self.decoder(first_tokens, (len(quantized), 1, *config.grid), position_bias, actions)
         (grid_h, grid_w), (patch_h, patch_w) = config.grid, config.patch_height_width
-        patches = self.to_pixels(tokens).reshape(-1, grid_h, grid_w, config.num_channels, patch_h, patch_w)
+        patches = self.to_pixels(_in_dtype_of(self.to_pixels, tokens)).reshape(-1, grid_h, grid_w, config.num_channels, patch_h, patch_w)
         # b h w c p1 p2 -> b c (h p1) (w p2)
         frame = patches.permute(0, 3, 1, 4, 2, 5).reshape(first_frame.shape)
         return frame + first_frame if config.residual_decoding else frame

@@ -1,6 +1,7 @@
 """The vision tokenizer: a convolutional VQGAN that turns an image into a grid of codes and back."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,11 @@ class LapaVisionTokenizer(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["LapaVisionTokenizerLevel"]  # noqa: RUF012
+    # It has no attention, so whatever a policy around it asks for suits it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    # Names inside a policy: there it stays in float32 whatever dtype the policy is loaded in, as in the published
+    # code; rounding would change codes. Loaded alone it takes any dtype.
+    _keep_in_fp32_modules_strict = ["vision_tokenizer"]  # noqa: RUF012
 
     def __init__(self, config: LapaVisionTokenizerConfig):
         super().__init__(config)
@@ -196,6 +202,14 @@ class LapaVisionTokenizer(PreTrainedModel):
         self.decoder = LapaVisionTokenizerDecoder(config)
         self.post_init()
         self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces the frozen parameters by new ones.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).requires_grad_(False)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,447 @@
+"""Processor: images, instructions and actions to ids in the one id space, and predicted bins back to actions."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from lapa.configuration.configuration_lapa import LapaConfig
+from lapa.processing.action_tokenization_lapa import ActionTokenizer
+from lapa.processing.image_processing_lapa import LapaImageProcessor, split_batch
+from lapa.processing.tokenization_lapa import LapaTokenizer
+
+# Prompt of the published models. The doubled `<s>` and the backticks are theirs.
+TRAINING_TEXT = (
+    "<s> You are a helpful assistant. USER: What action should the robot take to `{instruction}` ASSISTANT:"
+)
+PROMPT = "<s> " + TRAINING_TEXT + " <vision>"
+TARGETS = {"latent": "<delta>", "action": "<action>"}
+LAYOUT_FIELDS = ("instruction", "vision", "latent", "action", "bos", "eos")
+IGNORED_LABEL = -100
+
+
+def _codes(name: str, values: Any, vocabulary: int) -> list[int]:
+    """Checked list of codes in [0, vocabulary)."""
+    array = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
+    if array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be integers in [0, {vocabulary - 1}], got {array.dtype} of shape {array.shape}."
+        )
+    if array.min() < 0 or array.max() >= vocabulary:
+        wrong = int(array[(array < 0) | (array >= vocabulary)].flat[0])
+        raise ValueError(f"`{name}` must lie in [0, {vocabulary - 1}], got {wrong}.")
+    return [int(code) for code in array.reshape(-1)]
+
+
+def _instructions(instruction: Any) -> list[str]:
+    """One or several instructions -> checked list."""
+    batch = list(instruction) if isinstance(instruction, (list, tuple)) else [instruction]
+    if not batch:
+        raise ValueError("`instruction` is empty; accepted: a string or a list of strings.")
+    for text in batch:
+        if not isinstance(text, str):
+            raise ValueError(f"`instruction` must be a string or a list of strings, got {type(text).__name__}.")
+        if not text.strip():
+            raise ValueError(f"`instruction` must say what to do, got {text!r}.")
+    return batch
+
+
+class LapaProcessor(ProcessorMixin):
+    r"""
+    Everything between a robot and the model's ids: image processor, tokenizer and action bins.
+
+    Ids are one space, `text | vision | latent | action`. An image stands in `input_ids` as vision code 0 repeated
+    `num_image_tokens` times and the end-of-vision id; the model fills those positions in from `pixel_values` or
+    `vision_codes`.
+
+    Args:
+        image_processor (`LapaImageProcessor`): Decodes and resizes images.
+        tokenizer (`LapaTokenizer`): Text tokenizer.
+        text_vocab_size, vision_vocab_size, latent_vocab_size, action_vocab_size (`int`): Sizes of the segments.
+        num_latent_tokens (`int`, defaults to 4): Latent action codes per prediction.
+        action_dim (`int`, defaults to 7): Action tokens per step.
+        end_of_vision_id (`int`, defaults to 8193): Vision id after an image; the id before it ends one frame of several.
+        num_image_tokens (`int`, defaults to 256): Vision codes per image.
+        max_text_length (`int`, defaults to 128): Ids of the prompt before the image; longer ones lose their beginning.
+        target (`str`, defaults to `"latent"`): What the prompt asks for, `"latent"` or `"action"`.
+        action_statistics (`dict`, *optional*): `{unnorm_key: {"edges": [[...], ...]}}`, see `ActionTokenizer`.
+    """
+
+    def __init__(
+        self,
+        image_processor: LapaImageProcessor,
+        tokenizer: LapaTokenizer,
+        text_vocab_size: int = 32000,
+        vision_vocab_size: int = 8448,
+        latent_vocab_size: int = 8,
+        num_latent_tokens: int = 4,
+        action_vocab_size: int = 256,
+        action_dim: int = 7,
+        end_of_vision_id: int = 8193,
+        num_image_tokens: int = 256,
+        max_text_length: int = 128,
+        target: str = "latent",
+        action_statistics: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+        if len(tokenizer) > text_vocab_size:
+            raise ValueError(
+                f"`tokenizer` has {len(tokenizer)} pieces, more than `text_vocab_size` ({text_vocab_size}): its ids "
+                "would reach into the vision segment."
+            )
+        if not 1 <= end_of_vision_id < vision_vocab_size:
+            raise ValueError(
+                f"`end_of_vision_id` ({end_of_vision_id}) must lie in [1, {vision_vocab_size - 1}], inside "
+                f"`vision_vocab_size` ({vision_vocab_size})."
+            )
+        self.text_vocab_size = text_vocab_size
+        self.vision_vocab_size = vision_vocab_size
+        self.latent_vocab_size = latent_vocab_size
+        self.num_latent_tokens = num_latent_tokens
+        self.action_vocab_size = action_vocab_size
+        self.action_dim = action_dim
+        self.end_of_vision_id = end_of_vision_id
+        self.num_image_tokens = num_image_tokens
+        self.max_text_length = max_text_length
+        self.target = self._checked_target(target)
+        self.action_statistics: dict[str, dict[str, Any]] = {}
+        for key, statistics in (action_statistics or {}).items():
+            self.set_action_statistics(key, ActionTokenizer.from_dict(statistics))
+
+    @classmethod
+    def from_config(
+        cls, config: LapaConfig, image_processor: LapaImageProcessor | None, tokenizer: LapaTokenizer, **overrides: Any
+    ) -> "LapaProcessor":
+        """
+        Builds the processor that fits a model.
+
+        Args:
+            config: Configuration of the model.
+            image_processor: None makes one of the vision tokenizer's image size.
+            tokenizer: Text tokenizer of the model.
+            overrides: Further arguments of the processor. Where the model has no vision tokenizer, `num_image_tokens`
+                belongs here.
+        """
+        vision: Any = config.vision_tokenizer_config
+        if image_processor is None:
+            image_processor = LapaImageProcessor() if vision is None else LapaImageProcessor(size=vision.image_size)
+        if vision is not None:
+            overrides.setdefault("num_image_tokens", vision.num_image_tokens)
+        overrides.setdefault("target", "action" if config.has_action_segment else "latent")
+        assert config.end_of_vision_id is not None
+        return cls(
+            image_processor,
+            tokenizer,
+            text_vocab_size=config.text_vocab_size,
+            vision_vocab_size=config.vision_vocab_size,
+            latent_vocab_size=config.latent_vocab_size,
+            num_latent_tokens=config.num_latent_tokens,
+            action_vocab_size=config.action_vocab_size,
+            action_dim=config.action_dim,
+            end_of_vision_id=config.end_of_vision_id,
+            **overrides,
+        )
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # By class, not through the Auto mappings: it must also work where nothing is registered (remote code).
+        kwargs.pop("trust_remote_code", None)
+        return [
+            LapaImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            LapaTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+
+    @property
+    def vision_offset(self) -> int:
+        """Id of vision code 0."""
+        return self.text_vocab_size
+
+    @property
+    def latent_offset(self) -> int:
+        """Id of latent action code 0."""
+        return self.vision_offset + self.vision_vocab_size
+
+    @property
+    def action_offset(self) -> int:
+        """Id of action bin 0."""
+        return self.latent_offset + self.latent_vocab_size
+
+    def __call__(
+        self,
+        images: Any = None,
+        instruction: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        target: str | None = None,
+        unnorm_key: str | None = None,
+        padding: str = "max_length",
+        vision_codes: Any = None,
+        **image_kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Prompts for a prediction.
+
+        Args:
+            images: One image or a list, see `LapaImageProcessor`. Lists of images and instructions go together.
+            instruction: One instruction or a list.
+            return_tensors: `"pt"` or `"np"`.
+            target: `"latent"` or `"action"`; the processor's own when None.
+            unnorm_key: Whose bins the action will be decoded with.
+            padding: `"max_length"` pads the text to `max_text_length` (published), `"longest"` to the longest of the
+                batch. Both on the left.
+            vision_codes: (batch, num_image_tokens) or (num_image_tokens,) codes of the vision tokenizer, instead of
+                `images`.
+            image_kwargs: Per-call arguments of the image processor, such as `do_center_crop`.
+
+        Returns:
+            BatchFeature with `input_ids` (batch, sequence) int64, `attention_mask` (batch, sequence) int64 and
+            `pixel_values` (batch, 3, height, width) float32 in [-1, 1] or `vision_codes` (batch, num_image_tokens)
+            int64. For actions whose bins are known also `action_num_bins` (batch, action_dim) int64.
+
+        Raises:
+            ValueError: An argument that does not fit, named with what is accepted.
+        """
+        if padding not in ("max_length", "longest"):
+            raise ValueError(f'`padding` must be "max_length" or "longest", got {padding!r}.')
+        target = self._checked_target(self.target if target is None else target)
+        texts = _instructions(instruction)
+        vision = self._vision_inputs(images, vision_codes, image_kwargs)
+        (batch,) = {len(values) for values in vision.values()}
+        if batch != len(texts):
+            raise ValueError(f"`images` ({batch}) and `instruction` ({len(texts)}) must be equally many.")
+        input_ids, attention_mask = self._prompt_ids(texts, target, padding)
+        data = {"input_ids": input_ids, "attention_mask": attention_mask, **vision}
+        if unnorm_key is not None or (target == "action" and len(self.action_statistics) == 1):
+            num_bins = self.action_tokenizer(unnorm_key).num_bins
+            if target == "action":
+                data["action_num_bins"] = np.tile(np.asarray(num_bins, dtype=np.int64), (batch, 1))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _vision_inputs(self, images: Any, vision_codes: Any, image_kwargs: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        if (images is None) == (vision_codes is None):
+            given = "neither" if images is None else "both"
+            raise ValueError(f"exactly one of `images` and `vision_codes` must be given, got {given}.")
+        if vision_codes is None:
+            return {"pixel_values": self.image_processor(split_batch(images), **image_kwargs)["pixel_values"]}
+        if image_kwargs:
+            raise ValueError(f"unknown arguments with `vision_codes`: {sorted(image_kwargs)}.")
+        shape = tuple(np.shape(vision_codes))
+        if len(shape) not in (1, 2) or shape[-1] != self.num_image_tokens:
+            raise ValueError(f"`vision_codes` must have shape (batch, {self.num_image_tokens}), got {shape}.")
+        codes = _codes("vision_codes", vision_codes, self.end_of_vision_id - 1)
+        return {"vision_codes": np.asarray(codes, dtype=np.int64).reshape(-1, self.num_image_tokens)}
+
+    def _prompt_ids(self, texts: list[str], target: str, padding: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(batch, sequence) ids and mask: left-padded prompt, image placeholders, end of vision, start of the target."""
+        prompts = [self._text_ids(PROMPT.format(instruction=text))[-self.max_text_length :] for text in texts]
+        width = self.max_text_length if padding == "max_length" else max(map(len, prompts))
+        image = [self.vision_offset] * self.num_image_tokens + [self.vision_offset + self.end_of_vision_id]
+        tail = image + self._text_ids(f"</vision> {TARGETS[target]}")
+        pad = self.tokenizer.pad_token_id
+        ids = [[pad] * (width - len(prompt)) + prompt + tail for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * (len(prompt) + len(tail)) for prompt in prompts]
+        return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.int64)
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @staticmethod
+    def _checked_target(target: str) -> str:
+        if target not in TARGETS:
+            raise ValueError(f'`target` must be "latent" or "action", got {target!r}.')
+        return target
+
+    def encode_example(
+        self,
+        instruction: str,
+        vision_codes: ArrayLike | torch.Tensor | None = None,
+        latent_action_codes: ArrayLike | torch.Tensor | None = None,
+        action_tokens: ArrayLike | torch.Tensor | None = None,
+        raw_instruction: bool = False,
+        layout: Sequence[str] | None = None,
+        max_num_frames: int | None = None,
+    ) -> dict[str, list[int]]:
+        """
+        One training example in the published layout: bos, instruction, image, latent codes and/or action bins, eos.
+
+        Args:
+            instruction: What to do.
+            vision_codes: (num_image_tokens,) or (num_frames, num_image_tokens) or that, flat. None puts placeholders of
+                one image, which the model fills in from `pixel_values`.
+            latent_action_codes: (num_latent_tokens,) codes of the quantizer.
+            action_tokens: (action_dim,) bins, or several steps of them.
+            raw_instruction: Whether `instruction` is the whole text, prompt included, as in published data files.
+            layout: Fields in order, out of `instruction`, `vision`, `latent`, `action`, `bos`, `eos`; a field in
+                square brackets carries no loss. None means `[instruction]`, `[vision]`, then `latent` and `action`
+                as far as they are given. The outer bos and eos always stand.
+            max_num_frames: Most frames to keep, evenly spaced; None keeps all.
+
+        Returns:
+            `input_ids` in the one id space and `labels`, aligned with them (the model shifts), -100 where no loss is.
+
+        Raises:
+            ValueError: Codes outside their vocabulary or of the wrong count, an unknown or missing field.
+        """
+        if layout is None:
+            layout = ["[instruction]", "[vision]"]
+            layout += ["latent"] * (latent_action_codes is not None) + ["action"] * (action_tokens is not None)
+        text = _instructions(instruction)[0] if isinstance(instruction, str) else _instructions([instruction])[0]
+        text = text if raw_instruction else TRAINING_TEXT.format(instruction=text)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        input_ids, labels = [bos], [IGNORED_LABEL]
+        for entry in layout:
+            field = entry[1:-1] if (silent := entry.startswith("[") and entry.endswith("]")) else entry
+            if field == "instruction":
+                ids = self._text_ids(text)
+            elif field == "vision":
+                ids = self._vision_ids(vision_codes, max_num_frames, placeholder_allowed=silent)
+            elif field == "latent":
+                ids = self._latent_ids(latent_action_codes)
+            elif field == "action":
+                ids = self._action_ids(action_tokens)
+            elif field in ("bos", "eos"):
+                ids = [bos if field == "bos" else eos]
+            else:
+                raise ValueError(f"`layout` has field {entry!r}; accepted: {', '.join(LAYOUT_FIELDS)}, also in [].")
+            input_ids += ids
+            labels += [IGNORED_LABEL] * len(ids) if silent else ids
+        return {"input_ids": [*input_ids, eos], "labels": [*labels, eos]}
+
+    def _vision_ids(self, vision_codes: Any, max_num_frames: int | None, placeholder_allowed: bool) -> list[int]:
+        if vision_codes is None:
+            if not placeholder_allowed:
+                raise ValueError("`vision_codes` must be given where `layout` puts a loss on the image.")
+            vision_codes = np.zeros(self.num_image_tokens, dtype=np.int64)
+        codes = _codes("vision_codes", vision_codes, self.end_of_vision_id - 1)
+        if len(codes) % self.num_image_tokens:
+            raise ValueError(
+                f"`vision_codes` must hold a multiple of {self.num_image_tokens} (`num_image_tokens`), got {len(codes)}."
+            )
+        frames = np.asarray(codes).reshape(-1, self.num_image_tokens)
+        if max_num_frames is not None and len(frames) > max_num_frames:
+            if max_num_frames < 1:
+                raise ValueError(f"`max_num_frames` must be at least 1, got {max_num_frames}.")
+            frames = frames[np.linspace(0, len(frames) - 1, max_num_frames).astype(int)]
+        ends = np.full((len(frames), 1), self.end_of_vision_id - 1)
+        ends[-1] = self.end_of_vision_id
+        image = (np.concatenate([frames, ends], axis=1) + self.vision_offset).reshape(-1).tolist()
+        return [*self._text_ids("<vision>"), *image, *self._text_ids("</vision>")]
+
+    def _latent_ids(self, latent_action_codes: Any) -> list[int]:
+        if latent_action_codes is None:
+            raise ValueError("`latent_action_codes` must be given for the layout field 'latent', got None.")
+        codes = _codes("latent_action_codes", latent_action_codes, self.latent_vocab_size)
+        if len(codes) != self.num_latent_tokens:
+            raise ValueError(
+                f"`latent_action_codes` must hold {self.num_latent_tokens} codes (`num_latent_tokens`), got {len(codes)}."
+            )
+        return [*self._text_ids("<delta>"), *(self.latent_offset + c for c in codes), *self._text_ids("</delta>")]
+
+    def _action_ids(self, action_tokens: Any) -> list[int]:
+        if action_tokens is None:
+            raise ValueError("`action_tokens` must be given for the layout field 'action', got None.")
+        bins = _codes("action_tokens", action_tokens, self.action_vocab_size)
+        if len(bins) % self.action_dim:
+            raise ValueError(
+                f"`action_tokens` must hold a multiple of {self.action_dim} bins (`action_dim`), got {len(bins)}."
+            )
+        return [*self._text_ids("<action>"), *(self.action_offset + b for b in bins), *self._text_ids("</action>")]
+
+    def action_tokenizer(self, unnorm_key: str | None = None) -> ActionTokenizer:
+        """
+        Bins of one set of statistics.
+
+        Args:
+            unnorm_key: Which; None is allowed where there is exactly one.
+
+        Raises:
+            ValueError: An unknown key, or None where there are none or several; the known ones are listed.
+        """
+        known = ", ".join(repr(key) for key in sorted(self.action_statistics)) or "none"
+        if unnorm_key is None:
+            if len(self.action_statistics) != 1:
+                raise ValueError(f"`unnorm_key` must be given unless there is exactly one; known keys: {known}.")
+            (unnorm_key,) = self.action_statistics
+        if unnorm_key not in self.action_statistics:
+            raise ValueError(f"`unnorm_key` {unnorm_key!r} is unknown; known keys: {known}.")
+        return ActionTokenizer.from_dict(self.action_statistics[unnorm_key])
+
+    def set_action_statistics(self, unnorm_key: str, statistics: ActionTokenizer) -> None:
+        """
+        Adds or replaces the bins of a key.
+
+        Raises:
+            ValueError: Another `action_dim`, more bins than `action_vocab_size`, or an empty key.
+        """
+        if not isinstance(unnorm_key, str) or not unnorm_key:
+            raise ValueError(f"`unnorm_key` must be a non-empty string, got {unnorm_key!r}.")
+        if statistics.action_dim != self.action_dim:
+            raise ValueError(
+                f"statistics of {unnorm_key!r} have {statistics.action_dim} dimensions, `action_dim` is {self.action_dim}."
+            )
+        if max(statistics.num_bins) > self.action_vocab_size:
+            raise ValueError(
+                f"statistics of {unnorm_key!r} have up to {max(statistics.num_bins)} bins, `action_vocab_size` is "
+                f"{self.action_vocab_size}."
+            )
+        self.action_statistics = {**self.action_statistics, unnorm_key: statistics.to_dict()}
+
+    def load_action_csv(self, path: str | os.PathLike[str], unnorm_key: str) -> ActionTokenizer:
+        """Adds the bins of a csv in the published layout under a key."""
+        statistics = ActionTokenizer.from_csv(path)
+        self.set_action_statistics(unnorm_key, statistics)
+        return statistics
+
+    def fit_actions(
+        self,
+        actions: ArrayLike,
+        unnorm_key: str,
+        num_bins: int | None = None,
+        gripper_dimension: str | int | None = "last",
+    ) -> ActionTokenizer:
+        """
+        Fits equal-frequency bins and adds them under a key.
+
+        Args:
+            actions: (num_steps, action_dim), physical units.
+            unnorm_key: Name of the statistics.
+            num_bins: Most bins per dimension; `action_vocab_size` when None.
+            gripper_dimension: See `ActionTokenizer.fit`.
+        """
+        bins = self.action_vocab_size if num_bins is None else num_bins
+        statistics = ActionTokenizer.fit(actions, num_bins=bins, gripper_dimension=gripper_dimension)
+        self.set_action_statistics(unnorm_key, statistics)
+        return statistics
+
+    def encode_actions(self, actions: Any, unnorm_key: str | None = None) -> Any:
+        """(..., action_dim) physical units -> int64 bins, as a tensor where a tensor is given, else as an array."""
+        if isinstance(actions, torch.Tensor):
+            return torch.from_numpy(self.action_tokenizer(unnorm_key).encode(actions.detach().cpu().numpy()))
+        return self.action_tokenizer(unnorm_key).encode(actions)
+
+    def decode_actions(self, tokens: Any, unnorm_key: str | None = None) -> Any:
+        """
+        Bins to actions.
+
+        Args:
+            tokens: (batch, action_dim) bins, an integer tensor or array.
+            unnorm_key: Which statistics; None is allowed where there is exactly one.
+
+        Returns:
+            (batch, action_dim) float32 in physical units, a tensor where a tensor is given, else an array.
+
+        Raises:
+            ValueError: An unknown key (the known ones are listed), or a bin that its dimension lacks.
+        """
+        if isinstance(tokens, torch.Tensor):
+            return torch.from_numpy(self.action_tokenizer(unnorm_key).decode(tokens.detach().cpu().numpy()))
+        return self.action_tokenizer(unnorm_key).decode(tokens)
+
+
+__all__ = ["LapaProcessor"]
