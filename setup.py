@@ -25,6 +25,7 @@ CORE = [
     "accelerate>=1.10",
     "peft>=0.19",
     "huggingface_hub>=2.0",
+    "jinja2",
     "safetensors>=0.6",
     "trl>=1.10",
     "av>=14",
@@ -35,7 +36,7 @@ CORE = [
     "tensorboard",
 ]
 EXTRAS = {
-    "sim": ["gymnasium>=1.0", "pymunk>=7.0"],
+    "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.8"],
     "convert": ["msgpack>=1.0"],
     "quantize": ["bitsandbytes>=0.48"],
 }
