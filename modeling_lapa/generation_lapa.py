@@ -10,7 +10,7 @@ class SegmentLogitsProcessor(LogitsProcessor):
     def __init__(self, start: int, end: int):
         self.start, self.end = start, end
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` (batch, vocab_size) with everything outside the segment at minus infinity."""
         restricted = torch.full_like(scores, float("-inf"))
         restricted[:, self.start : self.end] = scores[:, self.start : self.end]
@@ -29,7 +29,7 @@ class ActionBinsLogitsProcessor(LogitsProcessor):
     def __init__(self, num_bins: torch.Tensor, offset: int, prompt_length: int):
         self.num_bins, self.offset, self.prompt_length = num_bins, offset, prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` (batch, vocab_size) with the missing bins of the next dimension at minus infinity."""
         dimension = input_ids.shape[1] - self.prompt_length
         limit = self.num_bins.to(scores.device)[:, dimension]

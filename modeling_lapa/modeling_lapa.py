@@ -51,11 +51,11 @@ class LapaCausalLMOutput(CausalLMOutputWithPast):
         latent_accuracy, action_accuracy (`torch.FloatTensor`, scalar, with `labels`): Share of right tokens.
     """
 
-    latent_loss: torch.FloatTensor | None = None
-    action_loss: torch.FloatTensor | None = None
-    text_loss: torch.FloatTensor | None = None
-    latent_accuracy: torch.FloatTensor | None = None
-    action_accuracy: torch.FloatTensor | None = None
+    latent_loss: torch.Tensor | None = None
+    action_loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    latent_accuracy: torch.Tensor | None = None
+    action_accuracy: torch.Tensor | None = None
 
 
 @dataclass
@@ -71,9 +71,9 @@ class LapaPrediction(ModelOutput):
             segment, before temperature; minus infinity for bins that a dimension lacks.
     """
 
-    latent_action_codes: torch.LongTensor | None = None
-    action_tokens: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
+    latent_action_codes: torch.Tensor | None = None
+    action_tokens: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
 
 class LapaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -93,7 +93,7 @@ class LapaRotaryEmbedding(LlamaRotaryEmbedding):
         # that moves a cosine by up to 0.96; the released weights were trained and run with it.
         head_dim = 2 * self.inv_freq.shape[0]
         exponents = torch.arange(0, head_dim, 2, device=x.device).to(x.dtype) / head_dim
-        inverse_frequencies = 1.0 / self.config.rope_parameters["rope_theta"] ** exponents.float()
+        inverse_frequencies = 1.0 / self.config.rope_parameters["rope_theta"] ** exponents.float()  # type: ignore[index]
         angles = (position_ids[..., None].float() * inverse_frequencies).to(x.dtype).float()
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -116,7 +116,7 @@ class LapaPreTrainedModel(PreTrainedModel):
     config_class = LapaConfig
     config: LapaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -223,14 +223,14 @@ class LapaModel(LapaPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_codes: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_codes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the trunk.
@@ -307,17 +307,17 @@ class LapaForTokenPrediction(LapaPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_codes: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_codes: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        action_num_bins: torch.LongTensor | None = None,
+        action_num_bins: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LapaCausalLMOutput:
         """Score the next token at every position; with `labels`, also the loss.
@@ -431,19 +431,24 @@ class LapaForTokenPrediction(LapaPreTrainedModel, GenerationMixin):
         )
         tokens = output.sequences[:, prompt_length:] - start
         logits = torch.stack(output.logits, dim=1)[:, :, start:end].float()
+        if output.get("beam_indices") is not None:
+            # Each step of a returned sequence came from one of the rows that were kept alive.
+            steps = torch.arange(num_tokens, device=logits.device)
+            logits = logits[output.beam_indices[:, :num_tokens], steps]
         if num_bins is not None:
-            missing = torch.arange(end - start, device=logits.device) >= num_bins.to(logits.device).unsqueeze(-1)
+            limit = num_bins.to(logits.device).repeat_interleave(len(logits) // len(num_bins), dim=0)
+            missing = torch.arange(end - start, device=logits.device) >= limit.unsqueeze(-1)
             logits = logits.masked_fill(missing, float("-inf"))
         return tokens, logits.log_softmax(-1)
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_codes: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_codes: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = True,
         **kwargs: Any,
@@ -465,7 +470,7 @@ class LapaForTokenPrediction(LapaPreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Refused: rows belong to segments whose sizes the config states."""
         if new_num_tokens in (None, self.config.vocab_size):
-            return self.get_input_embeddings()
+            return self.model.embed_tokens
         raise ValueError(
             f"`new_num_tokens` ({new_num_tokens}) cannot change the {self.config.vocab_size} rows of the id space; "
             "`add_action_segment` grows it by the action rows."

@@ -43,12 +43,12 @@ class LapaQuantizerOutput(ModelOutput):
         reconstruction_loss (`torch.FloatTensor`, scalar): The first term of `loss`.
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    latent_action_codes: torch.LongTensor | None = None
-    latent_action_embeddings: torch.FloatTensor | None = None
-    perplexity: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    latent_action_codes: torch.Tensor | None = None
+    latent_action_embeddings: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -62,8 +62,8 @@ class LapaQuantizerEncoderOutput(ModelOutput):
             quantisation.
     """
 
-    latent_action_codes: torch.LongTensor | None = None
-    latent_action_embeddings: torch.FloatTensor | None = None
+    latent_action_codes: torch.Tensor | None = None
+    latent_action_embeddings: torch.Tensor | None = None
 
 
 def eager_attention_forward(

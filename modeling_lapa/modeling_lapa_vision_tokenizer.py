@@ -185,7 +185,7 @@ class LapaVisionTokenizer(PreTrainedModel):
     config_class = LapaVisionTokenizerConfig
     base_model_prefix = "vision_tokenizer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _no_split_modules = ["LapaVisionTokenizerLevel"]  # noqa: RUF012
     # It has no attention, so whatever a policy around it asks for suits it.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True

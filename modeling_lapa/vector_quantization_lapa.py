@@ -28,10 +28,10 @@ class VectorQuantizerOutput(ModelOutput):
         perplexity (`torch.FloatTensor`, scalar): exp of the entropy of the codes, in [1, codebook_size].
     """
 
-    quantized: torch.FloatTensor | None = None
-    codes: torch.LongTensor | None = None
-    loss: torch.FloatTensor | None = None
-    perplexity: torch.FloatTensor | None = None
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
 
 
 def code_perplexity(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:

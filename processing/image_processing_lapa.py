@@ -37,7 +37,8 @@ def _linear_taps(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _fixed_point(weight: NDArray[np.float32]) -> NDArray[np.int32]:
-    return np.rint(weight * np.float32(1 << COEFFICIENT_BITS)).astype(np.int32)
+    fixed: NDArray[np.int32] = np.rint(weight * np.float32(1 << COEFFICIENT_BITS)).astype(np.int32)
+    return fixed
 
 
 def resize_bilinear(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -64,14 +65,20 @@ def resize_bilinear(image: NDArray[np.uint8], height: int, width: int) -> NDArra
     top, bottom = np.clip(top, 0, source_height - 1), np.clip(bottom, 0, source_height - 1)
     # When shrinking, only the rows that some output row reads are worth interpolating along.
     rows, row_of_tap = np.unique(np.concatenate([top, bottom]), return_inverse=True)
-    needed = image[rows]
-    columns = np.take(needed, left, axis=1).astype(np.int32) * _fixed_point(1 - weight)[None, :, None]
-    columns += np.take(needed, right, axis=1) * _fixed_point(weight)[None, :, None]
+    # h w c -> h (w c): long rows are what numpy is fast on.
+    needed, channels = image[rows], image.shape[2]
+    columns = np.take(needed, left, axis=1).reshape(len(rows), -1) * _fixed_point(1 - weight).repeat(channels)
+    columns += np.take(needed, right, axis=1).reshape(len(rows), -1) * _fixed_point(weight).repeat(channels)
     # OpenCV's vertical pass drops 4 bits, multiplies, drops 16 and rounds the last 2, each tap on its own.
     columns >>= 4
-    upper = (columns[row_of_tap[:height]] * _fixed_point(1 - row_weight)[:, None, None]) >> 16
-    lower = (columns[row_of_tap[height:]] * _fixed_point(row_weight)[:, None, None]) >> 16
-    return ((upper + lower + 2) >> 2).astype(np.uint8)
+    upper = columns[row_of_tap[:height]] * _fixed_point(1 - row_weight)[:, None]
+    lower = columns[row_of_tap[height:]] * _fixed_point(row_weight)[:, None]
+    upper >>= 16
+    lower >>= 16
+    upper += lower
+    upper += 2
+    upper >>= 2
+    return upper.astype(np.uint8).reshape(height, width, channels)
 
 
 def _array_to_rgb(array: NDArray[Any], channels_first: bool) -> NDArray[np.uint8]:

@@ -249,7 +249,8 @@ class LapaProcessor(ProcessorMixin):
         return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.int64)
 
     def _text_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     @staticmethod
     def _checked_target(target: str) -> str:

@@ -64,7 +64,7 @@ class LapaTokenizer(SentencePieceBackend):
                 run = []
             else:
                 run.append(token)
-        return text + self.sp_model.decode(run)
+        return f"{text}{self.sp_model.decode(run)}"
 
 
 __all__ = ["LapaTokenizer"]

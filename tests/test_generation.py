@@ -1,0 +1,183 @@
+"""Decoding: segments, bins, batches, caches, sampling, and growing the id space."""
+
+import pytest
+import torch
+from tiny_models import build, policy_config, prompt
+
+from lapa import LapaForActionPrediction, LapaForLatentAction
+
+
+@pytest.fixture(scope="module")
+def latent():
+    return build("latent").eval()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return build("action").eval()
+
+
+def test_left_padded_batch_equals_single_rows(policy):
+    inputs = prompt(policy.config, batch=3)
+    assert inputs["attention_mask"].sum(1).tolist() != [inputs["input_ids"].shape[1]] * 3
+    together = policy.predict_action_tokens(**inputs, return_scores=True)
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        alone = policy.predict_action_tokens(
+            input_ids=inputs["input_ids"][row, real][None],
+            attention_mask=torch.ones(1, int(real.sum()), dtype=torch.long),
+            pixel_values=inputs["pixel_values"][row : row + 1],
+            return_scores=True,
+        )
+        assert torch.equal(alone.action_tokens[0], together.action_tokens[row])
+        torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_caches_agree(policy, options):
+    inputs = prompt(policy.config)
+    expected = policy.predict_action_tokens(**inputs, return_scores=True)
+    actual = policy.predict_action_tokens(**inputs, **options, return_scores=True)
+    assert torch.equal(actual.action_tokens, expected.action_tokens)
+    torch.testing.assert_close(actual.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_precomputed_codes_equal_the_image(policy):
+    inputs = prompt(policy.config)
+    codes = policy.model.encode_images(inputs.pop("pixel_values"))
+    from_codes = policy.predict_action_tokens(**inputs, vision_codes=codes, return_scores=True)
+    from_image = policy.predict_action_tokens(**prompt(policy.config), return_scores=True)
+    assert torch.equal(from_codes.scores, from_image.scores)
+    other = policy.predict_action_tokens(**inputs, vision_codes=(codes + 1) % 32, return_scores=True)
+    assert not torch.equal(other.scores, from_image.scores)  # the image is looked at
+
+
+def test_scores_are_probabilities_inside_the_segment(policy, latent):
+    action = policy.predict_action_tokens(**prompt(policy.config), return_scores=True)
+    assert action.scores.shape == (2, 7, 16)
+    torch.testing.assert_close(action.scores.exp().sum(-1), torch.ones(2, 7))
+    assert torch.equal(action.scores.argmax(-1), action.action_tokens)
+    assert action.latent_action_codes is None
+    codes = latent.predict_latent_action(**prompt(latent.config), return_scores=True)
+    assert codes.scores.shape == (2, 4, 8)
+    assert codes.action_tokens is None
+
+
+def test_missing_bins_are_never_decoded(policy):
+    num_bins = torch.tensor([[1, 2, 3, 4, 5, 16, 2], [16, 16, 1, 1, 2, 2, 3]])
+    inputs = prompt(policy.config)
+    for options in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
+        prediction = policy.predict_action_tokens(**inputs, action_num_bins=num_bins, **options, return_scores=True)
+        assert (prediction.action_tokens < num_bins).all(), options
+        torch.testing.assert_close(prediction.scores.exp().sum(-1), torch.ones(2, 7))
+        chosen = prediction.scores.gather(-1, prediction.action_tokens.unsqueeze(-1))
+        assert chosen.isfinite().all(), options
+    config = policy_config(action_num_bins=[1, 2, 3, 4, 5, 16, 2])
+    torch.manual_seed(0)
+    assert (LapaForActionPrediction(config).predict_action_tokens(**inputs) < num_bins[0]).all()
+
+
+def test_sampling_on_request_only(policy):
+    inputs = prompt(policy.config)
+    greedy = [policy.predict_action_tokens(**inputs) for _ in range(2)]
+    assert torch.equal(*greedy)
+    torch.manual_seed(0)
+    samples = torch.stack([policy.predict_action_tokens(**inputs, do_sample=True) for _ in range(8)])
+    assert len(samples.unique(dim=0)) > 1
+    assert ((samples >= 0) & (samples < policy.config.action_vocab_size)).all()
+
+
+def test_plain_generate_works(latent):
+    inputs = prompt(latent.config)
+    output = latent.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert output.shape == (2, inputs["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.slow
+def test_compiled_forward_equals_eager(policy):
+    inputs = prompt(policy.config)
+    compiled = torch.compile(policy, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, policy(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+class TestActionRows:
+    """Starting an action model from a latent-pretrained folder."""
+
+    @pytest.fixture
+    def folder(self, latent, tmp_path):
+        latent.save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_old_rows_are_copied_and_new_ones_drawn(self, latent, folder):
+        torch.manual_seed(5)
+        policy = LapaForActionPrediction.from_pretrained(folder)
+        old = latent.config.vocab_size
+        assert policy.config.vocab_size == old + 16
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            before, after = latent.state_dict()[name], policy.state_dict()[name]
+            assert torch.equal(after[:old], before)
+            assert after.shape[0] == old + 16
+        # Lecun-normal: fan-in is the number of rows for the embedding and the width for the head.
+        assert policy.model.embed_tokens.weight[old:].std().item() == pytest.approx(16**-0.5, rel=0.15)
+        assert policy.lm_head.weight[old:].std().item() == pytest.approx(32**-0.5, rel=0.15)
+        torch.manual_seed(5)
+        assert torch.equal(LapaForActionPrediction.from_pretrained(folder).lm_head.weight, policy.lm_head.weight)
+
+    def test_sizes_of_the_new_segment_can_be_chosen(self, folder):
+        policy = LapaForActionPrediction.from_pretrained(folder, action_vocab_size=5, action_dim=3).eval()
+        tokens = policy.predict_action_tokens(**prompt(policy.config))
+        assert tokens.shape == (2, 3)
+        assert tokens.max() < 5
+
+    def test_the_grown_model_round_trips(self, folder, tmp_path):
+        policy = LapaForActionPrediction.from_pretrained(folder).eval()
+        policy.save_pretrained(tmp_path / "policy")
+        loaded = LapaForActionPrediction.from_pretrained(tmp_path / "policy")
+        inputs = prompt(policy.config)
+        assert torch.equal(loaded.predict_action_tokens(**inputs), policy.predict_action_tokens(**inputs))
+        assert loaded.config.architectures == ["LapaForActionPrediction"]
+
+    def test_latent_head_is_retired_unless_kept(self, latent, folder):
+        inputs = prompt(latent.config)
+        retired = LapaForActionPrediction.from_pretrained(folder)
+        with pytest.raises(ValueError, match="keep_latent_head"):
+            retired.predict_latent_action(**inputs)
+        kept = LapaForActionPrediction.from_pretrained(folder, keep_latent_head=True)
+        assert torch.equal(kept.predict_latent_action(**inputs), latent.predict_latent_action(**inputs))
+
+    def test_quantised_trunk_still_gains_rows(self, folder):
+        pytest.importorskip("bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        policy = LapaForActionPrediction.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+        assert policy.lm_head.out_features == policy.config.vocab_size
+        assert policy.predict_action_tokens(**prompt(policy.config)).shape == (2, 7)
+
+
+class TestBadInput:
+    def test_number_of_placeholders(self, policy):
+        inputs = prompt(policy.config)
+        inputs["input_ids"][0, inputs["input_ids"][0] == policy.config.vision_offset] = 3
+        with pytest.raises(ValueError, match="placeholders"):
+            policy(**inputs)
+
+    def test_vision_codes_outside_the_segment(self, policy):
+        inputs = prompt(policy.config)
+        inputs.pop("pixel_values")
+        with pytest.raises(ValueError, match=r"`vision_codes` must lie in \[0, 33\].*99"):
+            policy(**inputs, vision_codes=torch.full((2, 16), 99))
+
+    def test_image_without_a_vision_tokenizer(self):
+        model = LapaForLatentAction(policy_config(with_images=False))
+        with pytest.raises(ValueError, match="vision_tokenizer_config"):
+            model(input_ids=torch.tensor([[1, 2]]), pixel_values=torch.zeros(1, 3, 8, 8))
+
+    def test_wrong_bins(self, policy):
+        with pytest.raises(ValueError, match="action_num_bins"):
+            policy.predict_action_tokens(**prompt(policy.config), action_num_bins=torch.tensor([[1, 2]]))
+
+    def test_resizing_is_refused(self, policy):
+        with pytest.raises(ValueError, match="new_num_tokens"):
+            policy.resize_token_embeddings(7)
