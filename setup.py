@@ -37,14 +37,13 @@ CORE = [
 ]
 EXTRAS = {
     "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.8"],
-    "convert": ["msgpack>=1.0"],
     "quantize": ["bitsandbytes>=0.48"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],
-    *EXTRAS["convert"],
     *EXTRAS["quantize"],
     "build",
+    "msgpack",
     "mypy",
     "opencv-python-headless",
     "pandas",

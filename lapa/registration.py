@@ -93,10 +93,10 @@ def _register_tokenizer() -> None:
 def _register_pipeline() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from lapa.modeling_lapa.pipeline_robot_action import RobotActionPipeline
-
+    # A stand-in again: whoever imports the pipeline's own module first is still in the middle of importing it.
+    pipeline_class = _deferred("lapa.modeling_lapa.pipeline_robot_action", "RobotActionPipeline")
     PIPELINE_REGISTRY.register_pipeline(
-        "robot-action", pipeline_class=RobotActionPipeline, pt_model=AutoModelForCausalLM, type="multimodal"
+        "robot-action", pipeline_class=pipeline_class, pt_model=AutoModelForCausalLM, type="multimodal"
     )
 
 

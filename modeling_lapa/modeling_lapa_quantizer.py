@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lapa.configuration.configuration_lapa_quantizer import PUBLISHED_CNN_BOTTLENECKS, LapaQuantizerConfig
+from lapa.modeling_lapa.linear_lapa import LapaLinear
 from lapa.modeling_lapa.vector_quantization_lapa import (
     VECTOR_QUANTIZERS,
     CodebookQuantizer,
@@ -103,7 +104,7 @@ class LapaQuantizerPatchEmbedding(nn.Module):
         self.patch_height, self.patch_width = config.patch_height_width
         patch_dim = config.num_channels * self.patch_height * self.patch_width
         self.norm_in = nn.LayerNorm(patch_dim)
-        self.projection = nn.Linear(patch_dim, config.hidden_size)
+        self.projection = LapaLinear(patch_dim, config.hidden_size)
         self.norm_out = nn.LayerNorm(config.hidden_size)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
@@ -173,9 +174,9 @@ class LapaQuantizerAttention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         # In self attention the published code normalises queries only; this norm exists in its weights all the same.
         self.context_norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.q_proj = nn.Linear(config.hidden_size, inner_dim, bias=False)
-        self.kv_proj = nn.Linear(config.hidden_size, 2 * inner_dim, bias=False)
-        self.out_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
+        self.q_proj = LapaLinear(config.hidden_size, inner_dim, bias=False)
+        self.kv_proj = LapaLinear(config.hidden_size, 2 * inner_dim, bias=False)
+        self.out_proj = LapaLinear(inner_dim, config.hidden_size, bias=False)
         self.q_scale = nn.Parameter(torch.ones(self.head_dim))
         self.k_scale = nn.Parameter(torch.ones(self.head_dim))
         # Keys at even, values at odd positions.
@@ -227,8 +228,8 @@ class LapaQuantizerFeedForward(nn.Module):
         super().__init__()
         inner_dim = feed_forward_width(config)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.up_proj = nn.Linear(config.hidden_size, 2 * inner_dim, bias=False)
-        self.down_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
+        self.up_proj = LapaLinear(config.hidden_size, 2 * inner_dim, bias=False)
+        self.down_proj = LapaLinear(inner_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         value, gate = self.up_proj(_in_dtype_of(self.up_proj, self.norm(hidden_states))).chunk(2, dim=-1)
@@ -392,7 +393,7 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
         self.decoder = LapaQuantizerTransformer(
             config, config.num_spatial_layers, cross_attention=config.action_injection == "cross_attention"
         )
-        self.to_pixels = nn.Linear(config.hidden_size, patch_dim)
+        self.to_pixels = LapaLinear(config.hidden_size, patch_dim)
 
     def _check_frames(self, frames: torch.Tensor, leading: tuple[str, ...], name: str) -> None:
         size = (self.config.num_channels, *self.config.image_height_width)

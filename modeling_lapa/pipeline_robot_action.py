@@ -203,7 +203,11 @@ class RobotActionPipeline(Pipeline):
         return known[0] if unnorm_key is None else unnorm_key
 
     def _forward(
-        self, model_inputs: dict[str, Any], target: str | None = None, return_log_probs: bool = False, **generation: Any
+        self,
+        model_inputs: dict[str, Any],
+        target: str | None = None,
+        return_log_probs: bool = False,
+        **generation: Any,
     ) -> dict[str, torch.Tensor]:
         """Tokens (batch, num_tokens), their probabilities, and on request log-probabilities of the whole segment."""
         if (target or self.model_target) == "latent":

@@ -1,0 +1,394 @@
+"""Stage 1: the trainer learns, resumes exactly, and keeps its codebook in use."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recordings import meta, quantizer_folder, tensors
+from tiny_models import quantizer_config
+from transformers import TrainerCallback
+
+from lapa import LapaQuantizer
+from lapa.data.frame_pairs import FramePairCollator, FramePairDataset, episode_pairs
+from lapa.modeling_lapa.vector_quantization_lapa import replace_unused_codes_published
+from lapa.training.arguments import LapaQuantizerTrainingArguments
+from lapa.training.codebook import (
+    STATE_FILE,
+    CodebookState,
+    clear_moments,
+    codebook_from_embeddings,
+    dead_codes,
+    published_update_due,
+    reseed_codes,
+    spread_choice,
+)
+from lapa.training.quantizer_trainer import LapaQuantizerTrainer, reconstruction_grid
+
+SMALL = {"image_size": 16, "patch_size": 2, "hidden_size": 16, "head_dim": 8, "codebook_dim": 4}
+
+
+def moving_square(num_episodes=6, num_frames=8, size=16):
+    """Episodes in which a bright square goes one way each."""
+    generator = np.random.default_rng(0)
+    episodes = np.full((num_episodes, num_frames, size, size, 3), 30, np.uint8)
+    for episode in range(num_episodes):
+        dy, dx = [(0, 1), (1, 0), (0, -1), (-1, 0)][episode % 4]
+        y, x = generator.integers(4, size - 4, 2)
+        for step in range(num_frames):
+            top, left = (y + dy * step) % (size - 3), (x + dx * step) % (size - 3)
+            episodes[episode, step, top : top + 3, left : left + 3] = (250, 200, 40)
+    return episodes
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "num_sample_reconstructions": 0,
+    }
+    return LapaQuantizerTrainingArguments(str(folder), **{**defaults, **changes})
+
+
+def trainer_for(folder, model=None, callbacks=None, sizes=None, **changes):
+    if model is None:
+        torch.manual_seed(0)
+        model = LapaQuantizer(quantizer_config(**{**SMALL, **(sizes or {})}))
+    dataset = FramePairDataset(moving_square(), frame_gap=2)
+    return LapaQuantizerTrainer(model, arguments(folder, **changes), dataset, dataset, callbacks)
+
+
+def test_pairs_stay_inside_an_episode():
+    assert episode_pairs(5, 3).tolist() == [[0, 3], [1, 4]]
+    assert episode_pairs(3, 3).tolist() == []
+    frames = [np.full((5, 2, 2, 3), 10, np.uint8), np.full((2, 2, 2, 3), 20, np.uint8), np.full((4, 2, 2, 3), 30, np.uint8)]
+    dataset = FramePairDataset(frames, frame_gap=3)
+    assert dataset.index.tolist() == [[0, 0, 3], [0, 1, 4], [2, 0, 3]]
+    assert dataset.num_short_episodes == 1
+    assert dataset[2]["frames"].dtype == torch.uint8 and dataset[2]["frames"].unique().tolist() == [30]
+    pixels = FramePairCollator()([dataset[0], dataset[2]])["pixel_values"]
+    assert pixels.shape == (2, 2, 3, 2, 2) and pixels.dtype == torch.float32
+    assert pixels[:, 0, 0, 0, 0].tolist() == pytest.approx([10 / 255, 30 / 255])
+    with pytest.raises(ValueError, match="no pair"):
+        FramePairDataset(frames, frame_gap=5)
+    with pytest.raises(ValueError, match="`frame_gap` must be at least 1"):
+        FramePairDataset(frames, frame_gap=0)
+    with pytest.raises(ValueError, match="uint8"):
+        FramePairDataset([np.zeros((4, 2, 2, 3))], frame_gap=1)[0]
+
+
+def test_pairs_resize():
+    dataset = FramePairDataset([np.full((3, 6, 10, 3), 77, np.uint8)], frame_gap=1, image_size=(4, 8))
+    assert dataset[1]["frames"].shape == (2, 3, 4, 8) and dataset[1]["frames"].unique().tolist() == [77]
+
+
+def test_learns_and_every_parameter_moves(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=60, logging_steps=20, codebook_update="none")
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    still = {name for name, value in trainer.model.named_parameters() if torch.equal(value, before[name])}
+    # Recorded as null: in self attention the published code normalises queries only.
+    assert still == {name for name in before if name.endswith("self_attention.context_norm.weight")}
+
+
+def test_logs(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["reconstruction_loss"], rel=1e-5)
+    shares = [log[f"code_usage/{code}"] for code in range(8)]
+    assert sum(shares) == pytest.approx(1)
+    # Two batches of 8 pairs of 4 tokens were counted.
+    assert all(share * 64 == pytest.approx(round(share * 64)) for share in shares)
+    assert log["codes_used"] == np.count_nonzero(shares)
+    entropy = -sum(share * np.log(share) for share in shares if share)
+    assert log["perplexity"] == pytest.approx(np.exp(entropy))
+    evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert evaluation["eval_loss"] == pytest.approx(evaluation["eval_reconstruction_loss"], rel=1e-5)
+    assert 1 <= evaluation["eval_perplexity"] <= 8
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("rule", ["reseed", "published"])
+def test_resumed_equals_uninterrupted(tmp_path, rule):
+    """Bit for bit, with NSVQ noise, codebook updates and usage counts; interrupted inside an update period."""
+    settings = {"max_steps": 14, "codebook_update": rule, "codebook_update_interval": 4, "save_steps": 6}
+    settings |= {"save_strategy": "steps", "codebook_update_threshold": 0.5 if rule == "reseed" else 0.1}
+    whole = trainer_for(tmp_path / "whole", **settings)
+    whole.train()
+    trainer_for(tmp_path / "parts", callbacks=[StopAt(6)], **settings).train()
+    resumed = trainer_for(tmp_path / "parts", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 14
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(resumed.codebook_state.usage_counts, whole.codebook_state.usage_counts)
+    assert resumed.codebook_state.num_replaced == whole.codebook_state.num_replaced
+    optimizers = [trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole)]
+    assert all(torch.equal(ours[key], optimizers[1][index][key]) for index, ours in optimizers[0].items() for key in ours)
+    if rule == "reseed":
+        assert whole.codebook_state.num_replaced > 0
+
+
+def test_checkpoint_holds_usage_counts(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=3, save_strategy="steps", save_steps=3, codebook_update_interval=100)
+    trainer.train()
+    state = CodebookState.load(tmp_path / "checkpoint-3", 8)
+    assert int(state.usage_counts.sum()) == 3 * 8 * 4
+    assert torch.equal(state.usage_counts, trainer.codebook_state.usage_counts)
+    with pytest.raises(ValueError, match="counts 8 codes, but the model has 5"):
+        CodebookState.load(tmp_path / "checkpoint-3", 5)
+    (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="damaged"):
+        CodebookState.load(tmp_path / "checkpoint-3", 8)
+    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        trainer_for(tmp_path, max_steps=5).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_reseeding_revives_a_collapsed_codebook(tmp_path):
+    def used_at_the_end(rule):
+        torch.manual_seed(0)
+        model = LapaQuantizer(quantizer_config(**SMALL))
+        # Far from every embedding, all but one: one code takes all.
+        model.vector_quantizer.codebook.data.fill_(100.0)
+        model.vector_quantizer.codebook.data[3] = 0.0
+        trainer = trainer_for(
+            tmp_path / rule, model, max_steps=16, codebook_update=rule, codebook_update_interval=4,
+            codebook_update_until=12, codebook_init_from_data=False,
+        )  # fmt: skip
+        trainer.train()
+        return trainer.evaluate()["eval_codes_used"], trainer.codebook_state.num_replaced
+
+    assert used_at_the_end("none") == (1, 0)
+    used, replaced = used_at_the_end("reseed")
+    assert used >= 7 and replaced >= 7
+
+
+def test_reseeding_stops(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=10, codebook_update_interval=1, codebook_update_threshold=0.99)
+    updates = []
+    trainer.add_callback(
+        type("Watch", (TrainerCallback,), {
+            "on_step_end": lambda self, args, state, control, **kwargs: updates.append(trainer.codebook_state.num_replaced)
+        })
+    )  # fmt: skip
+    trainer.train()
+    # By default the last fifth of the training leaves the codebook alone.
+    assert updates[7] > updates[0] and updates[9] == updates[7]
+
+
+def test_fresh_codebook_starts_from_embeddings(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, learning_rate=1e-12)
+    pairs = trainer.train_dataset
+    embeddings = {}
+    start = trainer._start_codebook
+
+    def watch(pixel_values):
+        embeddings["first"] = trainer.model.encode(pixel_values).latent_action_embeddings.detach().flatten(0, 1)
+        start(pixel_values)
+
+    trainer._start_codebook = watch
+    trainer.train()
+    distances = torch.cdist(trainer.codebook.detach(), embeddings["first"]).min(1).values
+    assert distances.max() < 0.02 * embeddings["first"].std()
+    assert len(pairs) == 36
+
+    trainer.save_model(tmp_path / "saved")
+    loaded = LapaQuantizer.from_pretrained(tmp_path / "saved")
+    loaded.vector_quantizer.codebook.data.fill_(7.0)
+    again = trainer_for(tmp_path, loaded, max_steps=1, learning_rate=1e-12)
+    again.train()
+    assert torch.allclose(again.codebook, torch.tensor(7.0)), "the codebook of a loaded model was overwritten"
+
+
+def test_a_quantizer_without_codebook_trains(tmp_path):
+    sizes = {"quantizer": "fsq", "fsq_levels": [2, 4]}
+    trainer = trainer_for(tmp_path, sizes=sizes, codebook_update_interval=1, max_steps=3, logging_steps=1)
+    trainer.train()
+    assert trainer.codebook is None
+    assert trainer.state.log_history[0]["codes_used"] >= 1
+
+
+def test_accumulated_gradients_equal_one_batch(tmp_path):
+    """VQ, because NSVQ's noise is drawn batch by batch."""
+    sizes = {"quantizer": "vq"}
+    settings = {"max_steps": 3, "codebook_update": "none", "codebook_init_from_data": False, "max_grad_norm": 0.5}
+    one = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=8, **settings)
+    one.train()
+    split = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    split.train()
+    for (name, ours), theirs in zip(split.model.named_parameters(), one.model.parameters()):
+        assert torch.allclose(ours, theirs, atol=2e-5), name
+    assert torch.equal(split.codebook_state.usage_counts, one.codebook_state.usage_counts)
+
+
+def test_sample_reconstructions(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=3, num_sample_reconstructions=4, sample_interval=2, report_to="tensorboard")
+    trainer.train()
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step-0000002.png", "step-0000003.png"]
+    grid = np.asarray(Image.open(tmp_path / "samples" / names[1]))
+    assert grid.shape == (4 * 16, 3 * 16, 3)
+    assert np.array_equal(grid[:16, :16], moving_square()[0, 0])
+    assert np.array_equal(grid[:16, 16:32], moving_square()[0, 2])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "runs").glob("*/events*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert "samples/reconstructions" in accumulator.Tags()["images"]
+
+
+def test_grid_by_hand():
+    frames = torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)])[None]
+    assert reconstruction_grid(frames, torch.full((1, 3, 1, 1), 2.0))[0, :, 0].tolist() == [0, 255, 255]
+    assert reconstruction_grid(frames, torch.full((1, 3, 1, 1), 0.2))[0, :, 0].tolist() == [0, 255, 51]
+
+
+def test_spread_choice_takes_what_is_far():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.tensor([[0.0], [0.0], [0.0], [10.0]])
+    assert sorted({points[i].item() for i in spread_choice(points, 2, generator)}) == [0.0, 10.0]
+    # With 10 taken, only zeros are left at a distance.
+    assert points[spread_choice(points, 1, generator, torch.tensor([[10.0]]))].tolist() == [[0.0]]
+    assert len(spread_choice(torch.zeros(2, 1), 5, generator)) == 5
+
+
+def test_reseed_by_hand():
+    codebook = torch.tensor([[0.0, 0.0], [50.0, 50.0], [1.0, 1.0]])
+    embeddings = torch.tensor([[0.0, 0.0], [1.0, 1.0], [8.0, 8.0]])
+    reseed_codes(codebook, torch.tensor([False, True, False]), embeddings, torch.Generator().manual_seed(0))
+    assert codebook[[0, 2]].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert torch.allclose(codebook[1], torch.tensor([8.0, 8.0]), atol=0.05)
+    codebook_from_embeddings(codebook, embeddings, torch.Generator().manual_seed(1))
+    assert sorted(codebook[:, 0].round().tolist()) == [0.0, 1.0, 8.0]
+
+
+def test_dead_codes_by_hand():
+    assert dead_codes(torch.tensor([97, 2, 1, 0]), 0.1).tolist() == [False, True, True, True]
+    assert dead_codes(torch.tensor([25, 25, 47, 3]), 0.1).tolist() == [False] * 4
+    assert dead_codes(torch.zeros(3), 0.1).tolist() == [False] * 3
+
+
+def test_moments_of_replaced_rows_are_cleared():
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    clear_moments(optimizer, parameter, torch.tensor([False, True, False]))
+    state = optimizer.state[parameter]
+    assert state["exp_avg"][1].tolist() == [0, 0] and state["exp_avg_sq"][1].tolist() == [0, 0]
+    assert (state["exp_avg"][[0, 2]] > 0).all() and float(state["step"]) == 1
+
+
+def test_published_schedule():
+    due = [step for step in range(6000) if published_update_due(step)]
+    assert due == [*range(10, 100, 10), *range(100, 1000, 100), *range(1000, 5000, 500)]
+
+
+@pytest.mark.parametrize("name", ["n4", "n1", "n2", "n16"])
+@pytest.mark.parametrize("case", ["few", "many", "none", "border", "all"])
+def test_published_replacement_equals_recordings(name, case):
+    recorded, settings = tensors(f"laq/{name}.replace"), meta("laq")[name]["replace_cases"][case]
+    codebook = recorded[f"{case}.codebooks_before"].clone()
+    torch.manual_seed(settings["torch_manual_seed"])
+    replace_unused_codes_published(codebook, torch.tensor(settings["used_before"]), settings["num_batches"])
+    assert torch.allclose(codebook, recorded[f"{case}.codebooks_after"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["n4", "n1", "n2", "n16"])
+def test_published_step_10_equals_recording(name, tmp_path, monkeypatch):
+    """The whole trainer at the step where the published loop replaces codes."""
+    recorded, io = tensors(f"laq/{name}.replace"), tensors(f"laq/{name}.io")
+    settings = meta("laq")[name]["fwd_step10"]
+    model = LapaQuantizer.from_pretrained(quantizer_folder(name))
+    pairs = [{"pixel_values": video} for video in io["video"].transpose(1, 2)]
+    trainer = LapaQuantizerTrainer(
+        model,
+        arguments(tmp_path, codebook_update="published", per_device_train_batch_size=len(pairs)),
+        pairs,
+        data_collator=lambda examples: {"pixel_values": torch.stack([e["pixel_values"] for e in examples])},
+    )
+    trainer.state.global_step = 10
+    original = model.vector_quantizer.forward
+    monkeypatch.setattr(model.vector_quantizer, "forward", lambda e, noise=None: original(e, io["noise"]))
+    model.train()
+    torch.manual_seed(settings["torch_manual_seed"])
+    loss = trainer.compute_loss(model, {"pixel_values": torch.stack([p["pixel_values"] for p in pairs])})
+    assert loss.item() == pytest.approx(settings["loss"], rel=1e-5)
+    assert torch.allclose(trainer.codebook.detach(), recorded["fwd_step10.codebooks_after"], atol=1e-7)
+    assert trainer.codebook_state.batch_counts.tolist() == recorded["fwd_step10.codebooks_used_after"].tolist()
+
+
+@pytest.mark.parametrize("name", ["n4", "n1", "n2", "n16"])
+def test_one_training_step_equals_recording(name, tmp_path, monkeypatch):
+    """One step of the trainer with its default recipe: clipping at 0.5 and Adam."""
+    io, after = tensors(f"laq/{name}.io"), tensors(f"laq/{name}.adam1")
+    recorded = meta("laq")[name]
+    model = LapaQuantizer.from_pretrained(quantizer_folder(name))
+    original = model.vector_quantizer.forward
+    monkeypatch.setattr(model.vector_quantizer, "forward", lambda e, noise=None: original(e, io["noise"]))
+    video = io["video"].transpose(1, 2)
+    settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-4, "per_device_train_batch_size": len(video)}
+    trainer = LapaQuantizerTrainer(
+        model,
+        arguments(tmp_path, codebook_update="published", **settings),
+        [{"order": i} for i in range(len(video))],
+        # The recorded noise belongs to the recorded order.
+        data_collator=lambda examples: {"pixel_values": video[sorted(e["order"] for e in examples)]},
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(recorded["train_loss"], rel=1e-5)
+    assert log["grad_norm"] == pytest.approx(recorded["adam1"]["grad_norm_before_clip"], rel=1e-4)
+    ours = dict(model.named_parameters())
+    names = published_names(name)
+    compared = [key for key in after if key in names]
+    assert len(compared) > 5
+    for key in compared:
+        assert torch.allclose(ours[names[key]], after[key].view_as(ours[names[key]]), atol=1e-6), key
+
+
+def published_names(name):
+    """Published parameter name -> ours, by the conversion's own table."""
+    from lapa.conversion.checkpoint_mapping import QUANTIZER_TABLE, rename
+
+    keys = meta("laq")[name]["state_dict_names"]
+    return {theirs: ours for theirs, ours in rename(list(keys), QUANTIZER_TABLE, "checkpoint").items() if ours}
+
+
+def test_bad_arguments(tmp_path):
+    for changes, named in (
+        ({"codebook_update": "never"}, "codebook_update"),
+        ({"codebook_update_interval": 0}, "codebook_update_interval"),
+        ({"codebook_update_threshold": 1.5}, "codebook_update_threshold"),
+        ({"num_sample_reconstructions": -1}, "num_sample_reconstructions"),
+    ):
+        with pytest.raises(ValueError, match=f"`{named}`"):
+            arguments(tmp_path, **changes)
+
+
+def test_defaults_are_the_published_recipe(tmp_path):
+    args = LapaQuantizerTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (args.per_device_train_batch_size, args.learning_rate, args.weight_decay) == (64, 1e-4, 0)
+    assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm, args.max_steps) == (0.9, 0.99, 0.5, 100_005)
+    assert args.lr_scheduler_type == "constant"
+    assert json.dumps(args.to_dict())
+    assert SimpleNamespace(**args.to_dict()).codebook_update == "reseed"

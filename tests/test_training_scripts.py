@@ -1,0 +1,255 @@
+"""The four commands chain on real data, and say what is wrong in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from shared_files import shared_path
+from tiny_models import TINY_QUANTIZER, TINY_VISION_TOKENIZER
+
+from lapa import (
+    LapaForActionPrediction,
+    LapaForLatentAction,
+    LapaProcessor,
+    LapaQuantizer,
+    LapaVisionTokenizer,
+    LapaVisionTokenizerConfig,
+)
+from lapa.training import scripts
+from lapa.training.label_latent_actions import hash_weights, read_labels
+
+CPU = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    return str(shared_path("data/bridge_rlds/1.0.0"))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, bridge):
+    """quantizer -> labels -> policy, by the commands."""
+    folder = tmp_path_factory.mktemp("chain")
+    torch.manual_seed(0)
+    LapaVisionTokenizer(LapaVisionTokenizerConfig(**TINY_VISION_TOKENIZER)).save_pretrained(folder / "vision")
+    recipe = folder / "quantizer.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "quantizer_config": TINY_QUANTIZER,
+                "frame_gap": 3,
+                "max_steps": 50,
+                "per_device_train_batch_size": 4,
+                "eval_episodes": 2,
+            }
+        )
+    )
+    quantizer = ["--config", str(recipe), "--data", bridge, "--output_dir", str(folder / "quantizer")]
+    # The command line wins over the recipe.
+    assert scripts.train_quantizer([*quantizer, "--max_steps", "3", "--num_sample_reconstructions", "1", *CPU]) == 0
+    label = ["--model", str(folder / "quantizer"), "--data", bridge, "--output", str(folder / "labels")]
+    assert scripts.label([*label, "--episodes_per_shard", "10", "--device", "cpu"]) == 0
+    pretrain = [
+        "--data", str(folder / "labels"), "--output_dir", str(folder / "policy"),
+        "--policy_config", json.dumps({"text_config": TEXT}), "--vision_tokenizer", str(folder / "vision"),
+        "--tokenizer", str(shared_path("fixtures/tokenizer/tiny.tokenizer.model")),
+        "--max_steps", "3", "--per_device_train_batch_size", "4", "--eval_episodes", "2",
+    ]  # fmt: skip
+    assert scripts.pretrain([*pretrain, *CPU]) == 0
+    return folder
+
+
+def finetune(chain, bridge, output, *more):
+    arguments = ["--model", str(chain / "policy"), "--data", bridge, "--output_dir", str(output), "--num_bins", "16"]
+    return scripts.finetune([*arguments, "--max_steps", "3", "--per_device_train_batch_size", "4", *CPU, *more])
+
+
+def test_quantizer_folder(chain):
+    quantizer = LapaQuantizer.from_pretrained(chain / "quantizer")
+    assert quantizer.config.hidden_size == TINY_QUANTIZER["hidden_size"]
+    assert [path.name for path in (chain / "quantizer" / "samples").iterdir()] == ["step-0000003.png"]
+    metrics = json.loads((chain / "quantizer" / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_perplexity", "eval_codes_used"} <= set(metrics)
+    settings = json.loads((chain / "quantizer" / "training_settings.json").read_text())
+    assert settings["frame_gap"] == 3 and settings["camera"] == "image_0"
+
+
+def test_labels_cover_every_step_with_a_frame_gap_later(chain):
+    table = read_labels(chain / "labels")
+    assert len(list((chain / "labels").glob("labels-*.parquet"))) == 3
+    # 25 episodes of 10 steps; the last 3 frames of an episode have no partner.
+    assert len(table) == 25 * 7
+    codes = np.asarray(table["latent_action_codes"][:])
+    assert codes.shape == (175, 4) and codes.min() >= 0 and codes.max() < 8
+    assert table[6]["step"] == 6 and table[7]["step"] == 0
+    assert np.asarray(table[0]["image"]).shape == (64, 64, 3)
+
+
+def test_labels_are_the_quantizers_codes(chain, bridge):
+    from lapa.data.frame_pairs import FramePairDataset
+    from lapa.training.label_latent_actions import label_latent_actions
+    from lapa.training.sources import load_rlds
+
+    source = load_rlds(bridge)
+    pairs = FramePairDataset([source.episodes[1].frames["image_0"]], 3, 32)
+    codes = label_latent_actions(LapaQuantizer.from_pretrained(chain / "quantizer"), pairs, show_progress=False)
+    rows = [row for row in read_labels(chain / "labels") if row["episode_id"] == source.episodes[1].episode_id]
+    assert [row["latent_action_codes"] for row in rows] == codes.tolist()
+
+
+def test_pretrained_policy_records_its_quantizer(chain):
+    policy = LapaForLatentAction.from_pretrained(chain / "policy")
+    assert policy.config.quantizer_hash == hash_weights(chain / "quantizer")
+    assert policy.model.vision_tokenizer is not None
+    assert LapaProcessor.from_pretrained(chain / "policy").target == "latent"
+    metrics = json.loads((chain / "policy" / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_latent_loss", "eval_text_loss", "eval_latent_accuracy"} <= set(metrics)
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
+    assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", *lora) == 0
+    policy = LapaForActionPrediction.from_pretrained(tmp_path / "robot")
+    processor = LapaProcessor.from_pretrained(tmp_path / "robot")
+    (key,) = processor.action_statistics
+    assert policy.config.action_num_bins == list(processor.action_tokenizer(key).num_bins)
+    image = np.zeros((64, 64, 3), np.uint8)
+    tokens = policy.predict_action_tokens(**processor(images=image, instruction="put the carrot on the plate"))
+    assert processor.decode_actions(tokens).shape == (1, 7)
+    metrics = json.loads((tmp_path / "robot" / "eval_results.json").read_text())
+    assert {"eval_token_accuracy/6", "eval_action_error/0", "eval_mean_action_error/0"} <= set(metrics)
+
+
+def test_published_rows(tmp_path, capsys):
+    """Published JSONL files train both stages of a policy that has no vision tokenizer."""
+    rows = shared_path("fixtures/data/latent.jsonl").read_text().splitlines()
+    assert rows
+    from recordings import end_to_end_folder
+
+    # Image codes of the recorded rows come in 16 per image, the end-to-end model takes 256: repeat them.
+    data = tmp_path / "rows.jsonl"
+    actions = tmp_path / "actions.jsonl"
+    with data.open("w") as file, actions.open("w") as action_file:
+        for number, line in enumerate(rows[:4]):
+            row = json.loads(line)
+            model = LapaForLatentAction.config_class.from_pretrained(end_to_end_folder("latent"))
+            count = model.vision_tokenizer_config.num_image_tokens
+            row["vision"] = [code % 8 for code in (row["vision"] * count)[:count]]
+            row.pop("fields")
+            file.write(json.dumps(row) + "\n")
+            raw = [str(0.1 * number)] * 6 + [number % 2]
+            action_file.write(json.dumps({**row, "raw_actions": raw}) + "\n")
+    policy = tmp_path / "policy"
+    common = ["--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+    arguments = ["--data", str(data), "--model", str(end_to_end_folder("latent")), "--output_dir", str(policy)]
+    assert scripts.pretrain([*arguments, *common]) == 0, capsys.readouterr().err
+    arguments = ["--data", str(actions), "--model", str(policy), "--output_dir", str(tmp_path / "robot")]
+    assert scripts.finetune([*arguments, *common]) == 0, capsys.readouterr().err
+    assert list(LapaProcessor.from_pretrained(tmp_path / "robot").action_statistics) == ["actions"]
+
+
+def error_of(capsys, code):
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.count("\n") == 1 and "error:" in captured.err, captured.err
+    return captured.err
+
+
+def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_stepz: 3\n")
+    output = tmp_path / "quantizer"
+    code = scripts.train_quantizer(["--config", str(recipe), "--data", bridge, "--output_dir", str(output)])
+    assert "max_stepz" in error_of(capsys, code)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max_stepz", "3"], "max_stepz"),
+        (["--max_steps", "many"], "many"),
+        (["--codebook_update", "never"], "never"),
+        (["--camera", "image_9"], "image_9"),
+        (["--split", "val"], "val"),
+        (["--frame_gap", "0"], "frame_gap"),
+        (["--frame_gap", "10"], "no pair"),
+        (["--frame_gap_seconds", "0.6"], "frequency"),
+        (["--quantizer_config", '{"hiden_size": 3}'], "hiden_size"),
+        (["--quantizer_config", '{"hidden_size": "big"}'], "hidden_size"),
+        (["--eval_episodes", "25"], "eval_episodes"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_episodes"),
+        (["--model", "/nonexistent"], "/nonexistent"),
+        (["--resume_from_checkpoint", "/nonexistent"], "resume_from_checkpoint"),
+    ],
+)
+def test_bad_quantizer_arguments(tmp_path, capsys, bridge, arguments, named):
+    output = tmp_path / "quantizer"
+    base = ["--data", bridge, "--output_dir", str(output), *CPU]
+    if not {"--quantizer_config", "--model"} & set(arguments):
+        base += ["--quantizer_config", json.dumps(TINY_QUANTIZER)]
+    assert named in error_of(capsys, scripts.train_quantizer([*base, *arguments]))
+    assert not list(tmp_path.glob("quantizer/*"))
+
+
+def test_missing_data_is_named(tmp_path, capsys):
+    code = scripts.train_quantizer(["--data", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")])
+    assert "nowhere" in error_of(capsys, code)
+
+
+def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys):
+    arguments = ["--data", bridge, "--output", str(tmp_path / "labels")]
+    code = scripts.label(["--model", str(chain / "policy"), *arguments])
+    assert "'lapa_quantizer' is needed" in error_of(capsys, code)
+    arguments = ["--model", str(chain / "quantizer"), "--data", bridge, "--output_dir", str(tmp_path / "robot")]
+    assert "'lapa' is needed" in error_of(capsys, scripts.finetune(arguments))
+    arguments = ["--data", str(chain / "labels"), "--output_dir", str(tmp_path / "policy"), *CPU]
+    sizes = json.dumps({"text_config": TEXT, "latent_vocab_size": 5})
+    tokenizer = str(shared_path("fixtures/tokenizer/tiny.tokenizer.model"))
+    fresh = ["--vision_tokenizer", str(chain / "vision"), "--tokenizer", tokenizer, "--policy_config", sizes]
+    assert "latent_vocab_size" in error_of(capsys, scripts.pretrain([*arguments, *fresh]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_go_on_and_never_mix(chain, bridge, tmp_path, capsys):
+    output = tmp_path / "labels"
+    arguments = ["--model", str(chain / "quantizer"), "--data", bridge, "--output", str(output), "--device", "cpu"]
+    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
+    shards = sorted(output.glob("labels-*.parquet"))
+    contents = [path.read_bytes() for path in shards]
+    times = [path.stat().st_mtime_ns for path in shards]
+    shards[1].unlink()
+    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
+    assert [path.read_bytes() for path in shards] == contents
+    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True]
+    capsys.readouterr()
+    code = scripts.label([*arguments, "--episodes_per_shard", "10", "--frame_gap", "2"])
+    assert "frame_gap" in error_of(capsys, code)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(scripts.__file__).parent.joinpath("recipes").glob("*.yaml")), ids=str)
+def test_recipes_parse(recipe, tmp_path):
+    """Every key of every recipe is an argument of its command, and its sizes are fields of the config."""
+    from trl import ModelConfig
+
+    from lapa import LapaConfig, LapaQuantizerConfig
+    from lapa.training import arguments, script_arguments
+
+    paths = ["--config", str(recipe), "--data", "x", "--output_dir", str(tmp_path), "--use_cpu"]
+    if "quantizer" in recipe.stem:
+        types = (script_arguments.QuantizerArguments, arguments.LapaQuantizerTrainingArguments)
+    elif "pretrain" in recipe.stem:
+        types = (script_arguments.PretrainArguments, arguments.LapaLatentPretrainingArguments)
+    else:
+        types = (script_arguments.FinetuneArguments, arguments.LapaActionFinetuningArguments, ModelConfig)
+        paths += ["--model", "x"]
+    parsed = scripts.make_parser(types, "lapa").parse_args_and_config(paths)
+    if "quantizer" in recipe.stem:
+        LapaQuantizerConfig(**script_arguments.read_config(parsed[0].quantizer_config, LapaQuantizerConfig, "x"))
+    elif "pretrain" in recipe.stem:
+        LapaConfig(**script_arguments.read_config(parsed[0].policy_config, LapaConfig, "x"))
+    assert parsed[1].max_steps == yaml.safe_load(recipe.read_text())["max_steps"]
