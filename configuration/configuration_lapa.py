@@ -168,7 +168,11 @@ class LapaConfig(PreTrainedConfig):
 
     def _validate_vision_tokenizer(self) -> None:
         tokenizer = self.vision_tokenizer_config
-        codes = tokenizer.get("codebook_size") if isinstance(tokenizer, dict) else getattr(tokenizer, "codebook_size", None)
+        codes = (
+            tokenizer.get("codebook_size")
+            if isinstance(tokenizer, dict)
+            else getattr(tokenizer, "codebook_size", None)
+        )
         if codes is not None and codes > self.vision_vocab_size - 2:
             raise ValueError(
                 f"`vision_vocab_size` ({self.vision_vocab_size}) must hold the vision tokenizer's codes ({codes}) and "

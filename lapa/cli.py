@@ -25,7 +25,9 @@ COMMANDS = {
     "pretrain": Command("lapa.training.scripts", "pretrain", "stage 2: learn to predict latent actions"),
     "finetune": Command("lapa.training.scripts", "finetune", "stage 3: learn robot actions (fully or with LoRA)"),
     "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card"),
-    "demo": Command("lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data"),
+    "demo": Command(
+        "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data"
+    ),
 }
 
 

@@ -244,9 +244,7 @@ class LapaQuantizerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.position_convolution = LapaQuantizerPositionConvolution(config.hidden_size)
         self.self_attention = LapaQuantizerAttention(config)
-        self.cross_attention = (
-            LapaQuantizerAttention(config, config.num_null_key_values) if cross_attention else None
-        )
+        self.cross_attention = LapaQuantizerAttention(config, config.num_null_key_values) if cross_attention else None
         self.feed_forward = LapaQuantizerFeedForward(config)
 
     def forward(
@@ -405,13 +403,13 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
             or tuple(frames.shape[-3:]) != size
             or (pair and frames.shape[1] != 2)
         ):
-            got = f"{frames.dtype} of shape {tuple(frames.shape)}" if torch.is_tensor(frames) else type(frames).__name__
+            got = (
+                f"{frames.dtype} of shape {tuple(frames.shape)}" if torch.is_tensor(frames) else type(frames).__name__
+            )
             expected = ", ".join((*leading, *map(str, size)))
             raise ValueError(f"`{name}` must be a float tensor of shape ({expected}) in [0, 1], got {got}.")
 
-    def _embed_latent_actions(
-        self, tokens: torch.Tensor, position_bias: torch.Tensor
-    ) -> torch.Tensor:
+    def _embed_latent_actions(self, tokens: torch.Tensor, position_bias: torch.Tensor) -> torch.Tensor:
         """Patch tokens (batch, 2, grid_h * grid_w, hidden) -> (batch, num_latent_tokens, codebook_dim)."""
         batch, frames, length, _ = tokens.shape
         video_shape = (batch, frames, *self.config.grid)
@@ -441,7 +439,9 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
             first_tokens = first_tokens + actions.mean(1, keepdim=True)
         tokens = self.decoder(first_tokens, (len(quantized), 1, *config.grid), position_bias, actions)
         (grid_h, grid_w), (patch_h, patch_w) = config.grid, config.patch_height_width
-        patches = self.to_pixels(_in_dtype_of(self.to_pixels, tokens)).reshape(-1, grid_h, grid_w, config.num_channels, patch_h, patch_w)
+        patches = self.to_pixels(_in_dtype_of(self.to_pixels, tokens)).reshape(
+            -1, grid_h, grid_w, config.num_channels, patch_h, patch_w
+        )
         # b h w c p1 p2 -> b c (h p1) (w p2)
         frame = patches.permute(0, 3, 1, 4, 2, 5).reshape(first_frame.shape)
         return frame + first_frame if config.residual_decoding else frame

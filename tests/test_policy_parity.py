@@ -30,9 +30,7 @@ def recorded_ids(io: dict[str, torch.Tensor], config) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    ("tag", "params"), [("delta", "fp32"), ("delta", "fp32.chunked"), ("delta_action", "fp32")]
-)
+@pytest.mark.parametrize(("tag", "params"), [("delta", "fp32"), ("delta", "fp32.chunked"), ("delta_action", "fp32")])
 def test_logits(tag, params, implementation):
     model = load(tag, params, attn_implementation=implementation)
     io = forward_recording(tag)

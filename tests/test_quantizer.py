@@ -96,7 +96,9 @@ class TestBadInput:
          ((2, 2, 3, 32, 32), torch.uint8)],
     )  # fmt: skip
     def test_frames(self, shape, dtype):
-        with pytest.raises(ValueError, match=r"`pixel_values` must be a float tensor of shape \(batch, 2, 3, 32, 32\)"):
+        with pytest.raises(
+            ValueError, match=r"`pixel_values` must be a float tensor of shape \(batch, 2, 3, 32, 32\)"
+        ):
             build()(torch.zeros(shape, dtype=dtype))
 
     @pytest.mark.parametrize("codes", [[[0, 1, 2, 8]], [[0, -1, 2, 3]], [[0, 1, 2]], [[0.0, 1.0, 2.0, 3.0]]])

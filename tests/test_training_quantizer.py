@@ -69,7 +69,11 @@ def trainer_for(folder, model=None, callbacks=None, sizes=None, **changes):
 def test_pairs_stay_inside_an_episode():
     assert episode_pairs(5, 3).tolist() == [[0, 3], [1, 4]]
     assert episode_pairs(3, 3).tolist() == []
-    frames = [np.full((5, 2, 2, 3), 10, np.uint8), np.full((2, 2, 2, 3), 20, np.uint8), np.full((4, 2, 2, 3), 30, np.uint8)]
+    frames = [
+        np.full((5, 2, 2, 3), 10, np.uint8),
+        np.full((2, 2, 2, 3), 20, np.uint8),
+        np.full((4, 2, 2, 3), 30, np.uint8),
+    ]
     dataset = FramePairDataset(frames, frame_gap=3)
     assert dataset.index.tolist() == [[0, 0, 3], [0, 1, 4], [2, 0, 3]]
     assert dataset.num_short_episodes == 1
@@ -142,7 +146,9 @@ def test_resumed_equals_uninterrupted(tmp_path, rule):
     assert torch.equal(resumed.codebook_state.usage_counts, whole.codebook_state.usage_counts)
     assert resumed.codebook_state.num_replaced == whole.codebook_state.num_replaced
     optimizers = [trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole)]
-    assert all(torch.equal(ours[key], optimizers[1][index][key]) for index, ours in optimizers[0].items() for key in ours)
+    assert all(
+        torch.equal(ours[key], optimizers[1][index][key]) for index, ours in optimizers[0].items() for key in ours
+    )
     if rule == "reseed":
         assert whole.codebook_state.num_replaced > 0
 
@@ -233,7 +239,9 @@ def test_accumulated_gradients_equal_one_batch(tmp_path):
     settings = {"max_steps": 3, "codebook_update": "none", "codebook_init_from_data": False, "max_grad_norm": 0.5}
     one = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=8, **settings)
     one.train()
-    split = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    split = trainer_for(
+        tmp_path, sizes=sizes, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings
+    )
     split.train()
     for (name, ours), theirs in zip(split.model.named_parameters(), one.model.parameters()):
         assert torch.allclose(ours, theirs, atol=2e-5), name
@@ -241,7 +249,9 @@ def test_accumulated_gradients_equal_one_batch(tmp_path):
 
 
 def test_sample_reconstructions(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=3, num_sample_reconstructions=4, sample_interval=2, report_to="tensorboard")
+    trainer = trainer_for(
+        tmp_path, max_steps=3, num_sample_reconstructions=4, sample_interval=2, report_to="tensorboard"
+    )
     trainer.train()
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["step-0000002.png", "step-0000003.png"]

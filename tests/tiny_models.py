@@ -112,7 +112,9 @@ def training_batch(model: Any, batch: int = 3) -> dict[str, torch.Tensor]:
     if config.model_type == "lapa_quantizer":
         return {"pixel_values": torch.rand(batch, 2, 3, *config.image_height_width, generator=generator)}
     if config.model_type == "lapa_vision_tokenizer":
-        return {"pixel_values": torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1}
+        return {
+            "pixel_values": torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
+        }
     inputs = prompt(config, batch)
     action = "Action" in type(model).__name__ and "Latent" not in type(model).__name__
     start, end = config.segment("action" if action else "latent")
