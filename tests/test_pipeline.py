@@ -6,11 +6,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from hub_folders import picture, save_policy
+from hub_folders import picture, save_policy, save_vision_tokenizer
 from PIL import Image
 from transformers import pipeline
 
-from lapa import LapaForActionPrediction, LapaForLatentAction, LapaProcessor, RobotActionPipeline
+from lapa import LapaForActionPrediction, LapaForLatentAction, LapaProcessor, LapaVisionTokenizer, RobotActionPipeline
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,9 @@ def test_latent_model_refuses_what_belongs_to_actions(latent):
         latent(row, target="action", decode=False)
 
 
-def test_other_models_are_refused():
-    processor = object()
-    with pytest.raises(ValueError, match="`model` must be one of LapaForLatentAction"):
-        RobotActionPipeline(model=torch.nn.Linear(1, 1), processor=processor)
+def test_other_models_are_refused(tmp_path, policy):
+    other = LapaVisionTokenizer.from_pretrained(save_vision_tokenizer(tmp_path / "other"))
+    with pytest.raises(ValueError, match="`model` must be one of LapaForLatentAction.*got LapaVisionTokenizer"):
+        RobotActionPipeline(model=other, processor=policy.processor, device="cpu")
+    with pytest.raises(ValueError, match="`processor` must be given"):
+        RobotActionPipeline(model=policy.model, device="cpu")
