@@ -67,6 +67,7 @@ setup(
     package_dir={"lapa": "lapa", **{f"lapa.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
     package_data={
         "lapa": ["py.typed"],
+        "lapa.evaluation": ["templates/*", "assets/*/*"],
         "lapa.training": ["recipes/*.yaml"],
         "lapa.hub_cards": ["templates/*"],
     },

@@ -55,6 +55,8 @@ class LapaConfig(PreTrainedConfig):
             as in the published code. The converter sets it.
         text_loss_weight (`float`, defaults to 0.01): Share of the text loss in latent pretraining; the latent loss
             has the rest.
+        vision_position_embeddings (`bool`, defaults to `False`): Whether learned embeddings of an image token's place in
+            its image are added to image tokens. Small trunks learn faster with them; the published models have none.
         embedding_initializer_range (`float`, *optional*): Standard deviation of fresh embeddings; None means
             `text_config.initializer_range`.
         action_num_bins (`list[int]`, *optional*): Number of bins of each action dimension, so that decoding never
@@ -84,6 +86,7 @@ class LapaConfig(PreTrainedConfig):
     rope_in_model_dtype: bool = False
     residual_in_fp32: bool = False
     text_loss_weight: float = 0.01
+    vision_position_embeddings: bool = False
     embedding_initializer_range: float | None = None
     action_num_bins: list[int] | tuple[int, ...] | None = None
     quantizer_hash: str | None = None
@@ -168,6 +171,10 @@ class LapaConfig(PreTrainedConfig):
 
     def _validate_vision_tokenizer(self) -> None:
         tokenizer = self.vision_tokenizer_config
+        if tokenizer is None and self.vision_position_embeddings:
+            raise ValueError(
+                "`vision_position_embeddings` needs `vision_tokenizer_config`, which says how many tokens an image has."
+            )
         codes = (
             tokenizer.get("codebook_size")
             if isinstance(tokenizer, dict)

@@ -16,7 +16,9 @@ def _checked_frame(frame: Any, size: tuple[int, int] | None, where: str) -> NDAr
     """One frame as (height, width, 3) uint8, resized where it has another size."""
     array = np.asarray(frame)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"{where} must be a (height, width, 3) uint8 frame, got {array.dtype} of shape {array.shape}.")
+        raise ValueError(
+            f"{where} must be a (height, width, 3) uint8 frame, got {array.dtype} of shape {array.shape}."
+        )
     if size is not None and array.shape[:2] != size:
         # PIL's antialiased bilinear resize, without keeping the aspect ratio, is what the published code trains on.
         array = np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BILINEAR))

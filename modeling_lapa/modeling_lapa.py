@@ -169,6 +169,11 @@ class LapaModel(LapaPreTrainedModel):
             LapaVisionTokenizer(config.vision_tokenizer_config) if config.vision_tokenizer_config is not None else None
         )
         self.embed_tokens = nn.Embedding(config.vocab_size, text_config.hidden_size)
+        self.vision_positions = (
+            nn.Embedding(self.vision_tokenizer.config.num_image_tokens, text_config.hidden_size)
+            if config.vision_position_embeddings
+            else None
+        )
         self.layers = nn.ModuleList([LlamaDecoderLayer(text_config, i) for i in range(text_config.num_hidden_layers)])
         norm_class = LapaRMSNorm if config.residual_in_fp32 else LlamaRMSNorm
         self.norm = norm_class(text_config.hidden_size, eps=text_config.rms_norm_eps)
@@ -253,6 +258,8 @@ class LapaModel(LapaPreTrainedModel):
             if vision_codes is not None:
                 input_ids = self.fill_vision_codes(input_ids, vision_codes)
             inputs_embeds = self.embed_tokens(input_ids)
+            if self.vision_positions is not None:
+                inputs_embeds = inputs_embeds + self._embed_vision_positions(input_ids)
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
@@ -278,6 +285,13 @@ class LapaModel(LapaPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embed_vision_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embedding of each image token's place in its image, zero elsewhere: (batch, length, hidden_size)."""
+        offset, end_of_frame = self.config.vision_offset, self.config.end_of_vision_id - 1
+        inside = (input_ids >= offset) & (input_ids < offset + end_of_frame)
+        place = (inside.cumsum(1) - 1).clamp(min=0) % self.vision_positions.num_embeddings
+        return self.vision_positions(place) * inside.unsqueeze(-1)
 
     @staticmethod
     def _count_positions(

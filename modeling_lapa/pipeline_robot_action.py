@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -89,11 +89,11 @@ class RobotActionPipeline(Pipeline):
         do_sample, temperature, top_k, top_p, ...: Arguments of `generate`; greedy by default.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_feature_extractor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -149,10 +149,10 @@ class RobotActionPipeline(Pipeline):
         unknown = sorted(parameters.keys() - set(known) - GENERATION_PARAMETERS)
         if unknown:
             raise ValueError(f"`{unknown[0]}` is unknown; accepted: {', '.join(known)} and arguments of `generate`.")
-        decoding = {key: parameters.pop(key) for key in DECODING_PARAMETERS if key in parameters}
-        preprocess = {key: parameters.pop(key) for key in PROCESSOR_PARAMETERS if key in parameters}
-        shared = {key: preprocess[key] for key in ("target", "unnorm_key") if key in preprocess}
-        forward = {**parameters, **{key: shared[key] for key in shared if key == "target"}}
+        decoding: dict[str, Any] = {key: parameters.pop(key) for key in DECODING_PARAMETERS if key in parameters}
+        preprocess: dict[str, Any] = {key: parameters.pop(key) for key in PROCESSOR_PARAMETERS if key in parameters}
+        shared: dict[str, Any] = {key: preprocess[key] for key in ("target", "unnorm_key") if key in preprocess}
+        forward = {**parameters, **({"target": shared["target"]} if "target" in shared else {})}
         if "return_log_probs" in decoding:
             forward["return_log_probs"] = decoding.pop("return_log_probs")
         return {**preprocess, **decoding}, forward, {**shared, **decoding}
@@ -235,12 +235,13 @@ class RobotActionPipeline(Pipeline):
         if "log_probs" in model_outputs:
             scores["log_probs"] = model_outputs["log_probs"][0].float().numpy()
         if (target or self.model_target) == "latent":
-            return {"type": "latent_action", "latent_action_codes": tokens, **scores}
+            return cast(LatentAction, {"type": "latent_action", "latent_action_codes": tokens, **scores})
         if not decode:
-            return {"type": "action_tokens", "action_tokens": tokens, **scores}
+            return cast(RobotAction, {"type": "action_tokens", "action_tokens": tokens, **scores})
         unnorm_key = self._checked_unnorm_key(unnorm_key)
         action = self.processor.decode_actions(np.asarray([tokens]), unnorm_key=unnorm_key)[0]
-        return {"type": "action", "action": action, "action_tokens": tokens, **scores, "unnorm_key": unnorm_key}
+        result = {"type": "action", "action": action, "action_tokens": tokens, **scores, "unnorm_key": unnorm_key}
+        return cast(RobotAction, result)
 
 
 def _iterate(inputs: Iterable[Any]) -> Iterator[Any]:

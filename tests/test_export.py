@@ -159,7 +159,10 @@ def test_loads_and_predicts_the_same_without_lapa(folders):
     # The snippets of the cards ran to their ends.
     assert found["snippets"] == 6
     assert found["action scope"] == ["actions", "result"] and found["latent scope"] == ["codes", "result"]
-    assert found["quantizer scope"] == ["codes", "next_frame"] and found["vision_tokenizer scope"] == ["again", "codes"]
+    assert found["quantizer scope"] == ["codes", "next_frame"] and found["vision_tokenizer scope"] == [
+        "again",
+        "codes",
+    ]
 
 
 def test_exported_folder_works_beside_lapa_too(folders):
@@ -182,7 +185,10 @@ def test_sharded_weights_and_no_processor(tmp_path):
     (tmp_path / "model" / "generation_config.json").unlink()
     export(tmp_path / "model", tmp_path / "hub")
     shards = {path.name for path in (tmp_path / "model").glob("model*")}
-    assert len(shards) > 2 and {path.name for path in (tmp_path / "hub").glob("model*.*") if path.suffix != ".py"} >= shards
+    assert (
+        len(shards) > 2
+        and {path.name for path in (tmp_path / "hub").glob("model*.*") if path.suffix != ".py"} >= shards
+    )
     assert not (tmp_path / "hub" / "finetune.py").exists() and not (tmp_path / "hub" / "processing_lapa.py").exists()
     assert "custom_pipelines" not in json.loads((tmp_path / "hub" / "config.json").read_text())
     assert json.loads((tmp_path / "hub" / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -271,7 +277,9 @@ def test_push_to_hub(folders, monkeypatch):
     assert set(names) == expected_files(folders / "hub" / "quantizer")
     assert sorted((folders / "models").iterdir()) == before  # the scratch folder is gone
     RecordedApi.calls.clear()
-    assert set(push_to_hub(folders / "models" / "action", "me/policy", dry_run=True)) == expected_files(folders / "hub" / "action")
+    assert set(push_to_hub(folders / "models" / "action", "me/policy", dry_run=True)) == expected_files(
+        folders / "hub" / "action"
+    )
     with pytest.raises(ValueError, match="`repo_id` 'a/b/c' is no repository id"):
         push_to_hub(folders / "models" / "action", "a/b/c")
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)

@@ -52,6 +52,18 @@ def test_precomputed_codes_equal_the_image(policy):
     assert not torch.equal(other.scores, from_image.scores)  # the image is looked at
 
 
+def test_vision_positions_tell_equal_codes_apart():
+    model = build("latent-positions").eval()
+    inputs = prompt(model.config)
+    inputs.pop("pixel_values")
+    filled = model.model.fill_vision_codes(inputs["input_ids"], torch.zeros(2, 16, dtype=torch.long))
+    places = model.model._embed_vision_positions(filled)
+    inside = filled == model.config.vision_offset
+    assert torch.equal(places[~inside], torch.zeros_like(places[~inside]))
+    for row in range(2):
+        assert torch.equal(places[row][inside[row]], model.model.vision_positions.weight)
+
+
 def test_scores_are_probabilities_inside_the_segment(policy, latent):
     action = policy.predict_action_tokens(**prompt(policy.config), return_scores=True)
     assert action.scores.shape == (2, 7, 16)

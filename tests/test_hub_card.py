@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from huggingface_hub import ModelCard
 from hub_folders import policy_config, save_policy, save_quantizer, save_vision_tokenizer
+from huggingface_hub import ModelCard
 
 from lapa import LapaForActionPrediction
 from lapa.hub_cards.card import CardOptions
@@ -12,7 +12,13 @@ from lapa.hub_cards.export import export
 
 RESULTS = {
     "results": [
-        {"dataset": "Tabletop (pooled)", "metric": "success", "value": 0.4125, "ci95": [0.345, 0.4831], "episodes": 200},
+        {
+            "dataset": "Tabletop (pooled)",
+            "metric": "success",
+            "value": 0.4125,
+            "ci95": [0.345, 0.4831],
+            "episodes": 200,
+        },
         {"dataset": "Bridge held-out", "metric": "token accuracy", "value": 0.9},
     ]
 }
@@ -85,14 +91,14 @@ def test_weights_that_come_from_the_released_ones_keep_their_licences(tmp_path, 
 
 
 def test_converted_parts(tmp_path):
-    record = {"source": "laq_openx.pt", "verified_tensors": 7, "notes": ["One thing to know."]}
+    record = {"source": "laq_openx.pt", "verified_tensors": 7, "notes": ["equal to /home/me/laq_openx.pt"]}
     folders = (save_quantizer(tmp_path / "q" / "model"), save_vision_tokenizer(tmp_path / "v" / "model"))
     for folder, licence in zip(folders, ("mit", "apache-2.0")):
         (folder / "conversion.json").write_text(json.dumps(record))
         card = card_of(folder)
         assert card.data.license == licence
-        assert "Converted from the published file `laq_openx.pt`; every one of its 7 tensors" in card.content
-        assert "- One thing to know." in card.content
+        assert "Converted from the published file `laq_openx.pt`; every one of the 7 tensors" in card.content
+        assert "/home/me" not in card.content
     assert "| codes | 4 out of 8, 4-dimensional |" in (tmp_path / "q" / "hub" / "README.md").read_text()
     assert "| codes | 4 x 4 out of 30, 4-dimensional |" in (tmp_path / "v" / "hub" / "README.md").read_text()
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from lapa import LapaQuantizer
 
-POLICIES = ("latent", "action")
+POLICIES = ("latent", "latent-positions", "action")
 WIDE_TEXT_CONFIG = {**TINY_POLICY["text_config"], "hidden_size": 64, "intermediate_size": 128}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from recordings import policy_folder, tensors, to_id_space
+from safetensors.torch import load_file
 from shared_files import shared_path
 from tiny_models import policy_config
 from transformers import TrainerCallback
@@ -114,7 +115,7 @@ def test_examples_need_one_picture_and_a_target():
 
 
 def test_latent_pretraining_learns(tmp_path):
-    trainer = latent_trainer(tmp_path, max_steps=90, logging_steps=30)
+    trainer = latent_trainer(tmp_path, max_steps=60, logging_steps=20)
     vision = {name: value.clone() for name, value in trainer.policy.model.vision_tokenizer.state_dict().items()}
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
@@ -140,7 +141,9 @@ def test_precomputed_image_codes_train_the_same(tmp_path):
     model = latent_model()
     processor = processor_for(model)
     instructions, images, codes, _ = columns()
-    vision_codes = encode_images(model.model.vision_tokenizer, processor.image_processor, images, 5, show_progress=False)
+    vision_codes = encode_images(
+        model.model.vision_tokenizer, processor.image_processor, images, 5, show_progress=False
+    )
     assert vision_codes.shape == (24, model.config.vision_tokenizer_config.num_image_tokens)
     dataset = LabelledStepDataset(
         processor, instructions, vision_codes=vision_codes, latent_action_codes=codes, cache=True
@@ -190,7 +193,7 @@ def test_accumulated_gradients_equal_one_batch(tmp_path, build):
 
 
 def test_finetuning_learns_and_says_how_far_off(tmp_path):
-    trainer = action_trainer(tmp_path, max_steps=90, logging_steps=30)
+    trainer = action_trainer(tmp_path, max_steps=60, logging_steps=20)
     start = trainer.evaluate()
     trainer.train()
     assert logged(trainer, "action_loss") == pytest.approx(logged(trainer, "loss"), rel=1e-5)
@@ -218,7 +221,9 @@ def test_evaluation_by_hand(tmp_path):
     predicted = torch.stack([logits[:, d, : num_bins[d]].argmax(-1) for d in range(2)], dim=1)
     decoded = trainer.processor.decode_actions(predicted)
     metrics = trainer.evaluate()
-    assert metrics["eval_action_error/0"] == pytest.approx((decoded - batch["action"]).abs().mean(0)[0].item(), rel=1e-4)
+    assert metrics["eval_action_error/0"] == pytest.approx(
+        (decoded - batch["action"]).abs().mean(0)[0].item(), rel=1e-4
+    )
     right = predicted == targets[chosen].view(24, 2) - start
     assert metrics["eval_token_accuracy/1"] == pytest.approx(right[:, 1].double().mean().item())
 
@@ -242,7 +247,10 @@ def test_saved_policy_acts(tmp_path):
 def test_latent_rows_do_not_move_in_finetuning(tmp_path):
     trainer = action_trainer(tmp_path, max_steps=3)
     start, end = trainer.model.config.segment("latent")
-    rows = [trainer.model.model.embed_tokens.weight[start:end].clone(), trainer.model.lm_head.weight[start:end].clone()]
+    rows = [
+        trainer.model.model.embed_tokens.weight[start:end].clone(),
+        trainer.model.lm_head.weight[start:end].clone(),
+    ]
     trainer.train()
     assert torch.equal(trainer.model.model.embed_tokens.weight[start:end], rows[0])
     assert torch.equal(trainer.model.lm_head.weight[start:end], rows[1])
@@ -287,7 +295,9 @@ def test_adapter_alone_round_trips(tmp_path):
     trainer = action_trainer(tmp_path / "run", base, peft_config=lora(), max_steps=4, merge_adapter=False)
     trainer.train()
     trainer.save_merged(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    # The adapter holds its own rows, not the tables they belong to.
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert not [name for name, value in adapter.items() if len(value) == base.config.vocab_size]
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     torch.manual_seed(123)
     fresh = LapaForActionPrediction.from_pretrained(tmp_path / "base")
@@ -314,10 +324,10 @@ def test_two_training_steps_equal_recordings(kind, tmp_path):
     recorded = tensors(f"train/{kind}")
     metrics = json.loads(shared_path(f"fixtures/train/{kind}.json").read_text())["metrics_per_step"]
     if kind == "latent":
-        model = LapaForLatentAction.from_pretrained(policy_folder("delta"))
+        model = LapaForLatentAction.from_pretrained(policy_folder("delta", "fp32"))
         trainer_class, arguments_class = LapaLatentPretrainingTrainer, LapaLatentPretrainingArguments
     else:
-        model = LapaForActionPrediction.from_pretrained(policy_folder("delta"), action_vocab_size=16)
+        model = LapaForActionPrediction.from_pretrained(policy_folder("delta", "fp32"), action_vocab_size=16)
         start, end = model.config.segment("action")
         model.model.embed_tokens.weight.data[start:end] = recorded["init.transformer/ate/embedding"]
         model.lm_head.weight.data[start:end] = recorded["init.action_head/kernel"].t()
@@ -356,7 +366,8 @@ def test_two_training_steps_equal_recordings(kind, tmp_path):
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 moved = torch.cat([moved[start:end] for start, end in value[1]])
                 value = value[0]
-            assert torch.allclose(moved, value, rtol=1e-5, atol=2e-7), (step, name)
+            # By norm: Adam's first step is the sign of the gradient, which rounding decides where that is near zero.
+            assert (moved - value).norm() < 1e-6 * value.norm(), (step, name)
     assert compared >= 6
 
 
@@ -405,7 +416,7 @@ def test_defaults(tmp_path):
         args = kind(str(tmp_path), use_cpu=True)
         assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (2e-5, 0.9, 0.95)
         assert (args.max_grad_norm, args.weight_decay, args.max_steps) == (1.0, 0, steps)
-        assert args.bf16 is False and str(args.lr_scheduler_type) == "constant"
+        assert args.bf16 is False and args.lr_scheduler_type == "constant"
     with pytest.raises(ValueError, match="`max_length` must be given"):
         LapaLatentPretrainingArguments(str(tmp_path), use_cpu=True, pad_to_max_length=True)
     assert math.isclose(LapaActionFinetuningArguments(str(tmp_path), use_cpu=True).adam_epsilon, 1e-8)

@@ -157,7 +157,9 @@ def error_of(capsys, code):
     assert code == 2
     # Progress bars may come before it.
     lines = captured.err.splitlines()
-    assert "error:" in lines[-1] and captured.err.count("error:") == 1 and "Traceback" not in captured.err, captured.err
+    assert "error:" in lines[-1] and captured.err.count("error:") == 1 and "Traceback" not in captured.err, (
+        captured.err
+    )
     return lines[-1]
 
 
@@ -231,6 +233,19 @@ def test_labels_go_on_and_never_mix(chain, bridge, tmp_path, capsys):
     capsys.readouterr()
     code = scripts.label([*arguments, "--episodes_per_shard", "10", "--frame_gap", "2"])
     assert "frame_gap" in error_of(capsys, code)
+
+
+def test_resume_from_the_last_checkpoint(bridge, tmp_path):
+    """Training on from a checkpoint ends where an uninterrupted training does."""
+    sizes = ["--quantizer_config", json.dumps(TINY_QUANTIZER), "--data", bridge, "--num_sample_reconstructions", "0"]
+    batches = ["--per_device_train_batch_size", "4", "--save_steps", "2", *CPU[:-2]]
+    outputs = [str(tmp_path / name) for name in ("whole", "parts")]
+    last = ["--resume_from_checkpoint", "last"]
+    assert scripts.train_quantizer([*sizes, *batches, "--output_dir", outputs[0], "--max_steps", "4"]) == 0
+    # `last` without a checkpoint starts from the beginning.
+    assert scripts.train_quantizer([*sizes, *batches, "--output_dir", outputs[1], "--max_steps", "2", *last]) == 0
+    assert scripts.train_quantizer([*sizes, *batches, "--output_dir", outputs[1], "--max_steps", "4", *last]) == 0
+    assert hash_weights(outputs[0]) == hash_weights(outputs[1])
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(scripts.__file__).parent.joinpath("recipes").glob("*.yaml")), ids=str)

@@ -75,16 +75,18 @@ QUANTIZER_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, **changes: Any) -> Any:
-    """A freshly initialised model: a quantizer variant, `vision_tokenizer`, `latent` or `action`."""
+    """A freshly initialised model, one of `KINDS`."""
     torch.manual_seed(0)
     if kind in QUANTIZER_VARIANTS:
         return LapaQuantizer(quantizer_config(**{**QUANTIZER_VARIANTS[kind], **changes}))
     if kind == "vision_tokenizer":
         return LapaVisionTokenizer(LapaVisionTokenizerConfig(**TINY_VISION_TOKENIZER, **changes))
+    if kind == "latent-positions":
+        return LapaForLatentAction(policy_config(vision_position_embeddings=True, **changes))
     return {"latent": LapaForLatentAction, "action": LapaForActionPrediction}[kind](policy_config(**changes))
 
 
-KINDS = (*QUANTIZER_VARIANTS, "vision_tokenizer", "latent", "action")
+KINDS = (*QUANTIZER_VARIANTS, "vision_tokenizer", "latent", "latent-positions", "action")
 
 
 def prompt(config: LapaConfig, batch: int = 2) -> dict[str, torch.Tensor]:

@@ -1,0 +1,342 @@
+"""The demo's stages: record, quantize, label, pretrain, finetune, play."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers.trainer_utils import get_last_checkpoint
+
+from lapa.configuration.configuration_lapa import LapaConfig
+from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
+from lapa.data.encoded_steps import EncodedStepDataset
+from lapa.data.frame_pairs import FramePairDataset
+from lapa.evaluation.demo_settings import (
+    EVALUATION_SEEDS,
+    LABELLED_SEEDS,
+    SEED_STRIDE,
+    VIDEO_SEEDS,
+    DemoSettings,
+    PlayingSettings,
+)
+from lapa.evaluation.environments.tabletop import TabletopEnvironment
+from lapa.evaluation.environments.tabletop_recording import TabletopEpisode, record_episode
+from lapa.evaluation.rollout import Controller, Rollout, policy_controller, roll_out
+from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
+from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
+from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
+from lapa.processing.processing_lapa import LapaProcessor
+from lapa.serving.policy import LapaPolicy
+from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
+from lapa.training.arguments import (
+    LapaActionFinetuningArguments,
+    LapaLatentPretrainingArguments,
+    LapaQuantizerTrainingArguments,
+)
+from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
+from lapa.training.quantizer_trainer import LapaQuantizerTrainer
+
+UNNORM_KEY = "tabletop"
+ENCODE_BATCH = 256
+# Checkpoints per training, so that an interrupted one loses little.
+CHECKPOINTS_PER_TRAINING = 5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Episodes laid end to end.
+
+    Args:
+        frames: (num_frames, height, width, 3) uint8.
+        lengths: (num_episodes,) frames per episode.
+        instructions: (num_episodes,) sentences.
+        effector: (num_frames, 2) metres; for the report only, no training sees it.
+        actions: (num_frames, 2) float32 of each frame's step, zero at an episode's last frame; empty without actions.
+    """
+
+    frames: np.ndarray
+    lengths: np.ndarray
+    instructions: np.ndarray
+    effector: np.ndarray
+    actions: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(num_episodes,) index of each episode's first frame."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def episodes(self) -> list[np.ndarray]:
+        """Frames of each episode."""
+        return np.split(self.frames, np.cumsum(self.lengths)[:-1])
+
+    def steps(self, frame_gap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Episode and frame index of every step that has a frame `frame_gap` later, in `FramePairDataset`'s order."""
+        counts = np.maximum(self.lengths - frame_gap, 0)
+        episode = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return episode, self.starts[episode] + within
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Recording":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+
+
+def make_environment(settings: DemoSettings, embodiment: str = "arm") -> TabletopEnvironment:
+    """The demo's simulator."""
+    return TabletopEnvironment(
+        families=settings.families,
+        embodiment=embodiment,
+        image_size=settings.image_size,
+        num_blocks=settings.num_blocks,
+        thresholds=settings.thresholds,
+    )
+
+
+def record(
+    settings: DemoSettings, episodes: dict[str, int], first_seed: int, embodiment: str, with_actions: bool
+) -> Recording:
+    """Record the expert: `episodes[family]` episodes of each family from consecutive seeds."""
+    environment, recorded = make_environment(settings, embodiment), []
+    jobs = [(family, index) for family, count in episodes.items() for index in range(count)]
+    for number, (family, _) in enumerate(tqdm(jobs, desc="recording", unit="episode")):
+        recorded.append(
+            record_episode(environment, None, first_seed + number, noise=settings.expert_noise, family=family)
+        )
+    return join_episodes(recorded, with_actions)
+
+
+def join_episodes(episodes: Sequence[TabletopEpisode], with_actions: bool) -> Recording:
+    """Lay episodes end to end; without actions they are dropped, not hidden."""
+    actions = [np.concatenate([e.actions, np.zeros_like(e.actions[:1])]) for e in episodes] if with_actions else []
+    return Recording(
+        frames=np.concatenate([episode.frames for episode in episodes]),
+        lengths=np.array([len(episode.frames) for episode in episodes]),
+        instructions=np.array([episode.instruction for episode in episodes]),
+        effector=np.concatenate([episode.effector_positions for episode in episodes]),
+        actions=np.concatenate(actions) if actions else np.zeros((0, 2), dtype=np.float32),
+    )
+
+
+def record_video(settings: DemoSettings, seed: int, embodiment: str) -> Recording:
+    """The action-free episodes."""
+    return record(settings, settings.video_episodes, VIDEO_SEEDS + seed * SEED_STRIDE, embodiment, with_actions=False)
+
+
+def record_labelled(settings: DemoSettings, seed: int) -> Recording:
+    """The few episodes with actions, of the embodiment that is to be controlled."""
+    episodes = {family: settings.labelled_episodes_per_family for family in settings.families}
+    return record(settings, episodes, LABELLED_SEEDS + seed * SEED_STRIDE, "arm", with_actions=True)
+
+
+def quantizer_config(settings: DemoSettings) -> LapaQuantizerConfig:
+    """A tiny quantizer: one spatial and one temporal layer, decoding the change of the first frame."""
+    return LapaQuantizerConfig(
+        hidden_size=settings.quantizer_hidden_size,
+        codebook_dim=8,
+        codebook_size=settings.codebook_size,
+        num_latent_tokens=settings.num_latent_tokens,
+        image_size=settings.image_size,
+        patch_size=4,
+        num_spatial_layers=1,
+        num_temporal_layers=1,
+        num_attention_heads=3,
+        head_dim=16,
+        action_injection="additive",
+        residual_decoding=True,
+        interleave_latent_tokens=False,
+    )
+
+
+def _schedule(settings_steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
+    """Training arguments that all stages share."""
+    return {
+        "output_dir": str(output),
+        "max_steps": settings_steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
+        "warmup_steps": min(50, settings_steps // 10),
+        "adam_beta2": 0.98,
+        "max_grad_norm": 1.0,
+        "logging_steps": max(1, settings_steps // 60),
+        "save_steps": max(1, settings_steps // CHECKPOINTS_PER_TRAINING),
+        "save_total_limit": 1,
+        "seed": seed,
+        "use_cpu": True,
+        "report_to": "tensorboard",
+        "disable_tqdm": False,
+    }
+
+
+def _run(trainer: Any, output: Path) -> list[dict[str, float]]:
+    """Train, from the last checkpoint if there is one, save the model, and return the log."""
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output: Path) -> list[dict[str, float]]:
+    """Stage 1."""
+    torch.manual_seed(seed)
+    arguments = LapaQuantizerTrainingArguments(
+        **_schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output),
+        per_device_train_batch_size=settings.quantizer_batch_size,
+        num_sample_reconstructions=0,
+    )
+    dataset = FramePairDataset(video.episodes(), settings.frame_gap)
+    return _run(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
+
+
+def load_vision_tokenizer() -> LapaVisionTokenizer:
+    """The image tokenizer that ships with the package, in fp32."""
+    folder = Path(__file__).parent / "assets" / "tabletop_vision_tokenizer"
+    return LapaVisionTokenizer.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def encode_frames(frames: np.ndarray, description: str = "image tokens") -> np.ndarray:
+    """Vision codes (num_frames, num_image_tokens) int64 of (num_frames, height, width, 3) uint8."""
+    tokenizer, codes = load_vision_tokenizer(), []
+    for start in tqdm(range(0, len(frames), ENCODE_BATCH), desc=description, unit="batch"):
+        pixels = torch.from_numpy(frames[start : start + ENCODE_BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        codes.append(tokenizer.encode(pixels).codes.flatten(1))
+    return torch.cat(codes).numpy()
+
+
+def policy_config(settings: DemoSettings, text_vocab_size: int) -> LapaConfig:
+    """A Llama of about half a million parameters over 16 image tokens."""
+    vision = load_vision_tokenizer().config
+    return LapaConfig(
+        text_config={
+            "vocab_size": text_vocab_size,
+            "hidden_size": settings.hidden_size,
+            "intermediate_size": 3 * settings.hidden_size,
+            "num_hidden_layers": settings.num_layers,
+            "num_attention_heads": settings.num_heads,
+            "initializer_range": settings.initializer_range,
+            "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        },
+        vision_tokenizer_config=vision.to_dict(),
+        vision_vocab_size=vision.codebook_size + 2,
+        latent_vocab_size=settings.codebook_size,
+        num_latent_tokens=settings.num_latent_tokens,
+        action_vocab_size=settings.num_bins,
+        action_dim=2,
+        embedding_initializer_range=settings.embedding_initializer_range,
+        vision_position_embeddings=True,
+        text_loss_weight=0.0,
+    )
+
+
+def fresh_policy(model_class: type, settings: DemoSettings, seed: int, text_vocab_size: int) -> Any:
+    """A policy with a fresh trunk and the shipped vision tokenizer."""
+    torch.manual_seed(seed)
+    model = model_class(policy_config(settings, text_vocab_size))
+    model.model.vision_tokenizer.load_state_dict(load_vision_tokenizer().state_dict())
+    start_vision_embeddings_from_codebook(model, settings.embedding_initializer_range)
+    return model
+
+
+@torch.no_grad()
+def start_vision_embeddings_from_codebook(model: LapaForLatentAction | LapaForActionPrediction, std: float) -> None:
+    """Give vision codes that look alike embeddings that are alike: a random projection of the tokenizer's codebook."""
+    codebook = model.model.vision_tokenizer.codebook.weight.float()
+    centred = codebook - codebook.mean(0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    # Between the raw codebook, whose first directions drown the rest, and a fully whitened one.
+    features = left * singular.sqrt()
+    hidden_size = model.config.text_config.hidden_size
+    features = features / features.std(0).square().sum().sqrt() * hidden_size**0.5 * std
+    projection = torch.linalg.qr(torch.randn(hidden_size, features.shape[1]))[0]
+    start = model.config.vision_offset
+    model.model.embed_tokens.weight[start : start + len(codebook)] = features @ projection.t()
+
+
+def pretrain(
+    settings: DemoSettings, seed: int, video: Recording, codes: np.ndarray, processor: LapaProcessor, output: Path
+) -> list[dict[str, float]]:
+    """Stage 2: predict the quantizer's codes (num_pairs, num_latent_tokens) from image and instruction."""
+    episode, frame = video.steps(settings.frame_gap)
+    dataset = EncodedStepDataset(
+        processor, video.instructions[episode], encode_frames(video.frames)[frame], latent_action_codes=codes
+    )
+    model = fresh_policy(LapaForLatentAction, settings, seed, len(processor.tokenizer))
+    arguments = LapaLatentPretrainingArguments(
+        **_schedule(settings.pretraining_steps, settings.pretraining_learning_rate, seed, output),
+        per_device_train_batch_size=settings.pretraining_batch_size,
+        weight_decay=0.01,
+    )
+    return _run(LapaLatentPretrainingTrainer(model, arguments, dataset, processor=processor), output)
+
+
+def finetune(
+    settings: DemoSettings,
+    playing: PlayingSettings,
+    seed: int,
+    labelled: Recording,
+    processor: LapaProcessor,
+    output: Path,
+    pretrained: Path | None,
+) -> list[dict[str, float]]:
+    """Stage 3, from a latent-pretrained folder or, as the Scratch baseline, from a fresh trunk."""
+    episode, frame = labelled.steps(1)
+    processor.fit_actions(labelled.actions[frame], UNNORM_KEY, num_bins=settings.num_bins, gripper_dimension=None)
+    dataset = EncodedStepDataset(
+        processor,
+        labelled.instructions[episode],
+        encode_frames(labelled.frames)[frame],
+        action_tokens=processor.encode_actions(labelled.actions[frame], UNNORM_KEY),
+    )
+    torch.manual_seed(seed + 1)
+    if pretrained is not None:
+        model = LapaForActionPrediction.from_pretrained(pretrained)
+    else:
+        model = fresh_policy(LapaForActionPrediction, settings, seed, len(processor.tokenizer))
+    arguments = LapaActionFinetuningArguments(
+        **_schedule(settings.finetuning_steps, playing.learning_rate, seed, output),
+        per_device_train_batch_size=settings.finetuning_batch_size,
+        weight_decay=0.01,
+    )
+    return _run(LapaActionFinetuningTrainer(model, arguments, dataset, processor=processor), output)
+
+
+def play_policy(settings: DemoSettings, playing: PlayingSettings, seed: int, folder: Path, record: list[int]) -> list[Rollout]:
+    """Closed loop of a finetuned folder."""
+    options = {"do_sample": True, "temperature": playing.temperature, "top_k": 0} if playing.temperature else {}
+    torch.manual_seed(seed)
+    policy = LapaPolicy.from_pretrained(str(folder), UNNORM_KEY, **options)
+    return play(settings, policy_controller(policy), folder.name, record)
+
+
+def evaluation_episodes(settings: DemoSettings) -> list[tuple[str, int]]:
+    """Family and seed of every evaluation start: the same for all methods and all training seeds."""
+    return [
+        (family, EVALUATION_SEEDS + index)
+        for family in settings.families
+        for index in range(settings.rollouts_per_family)
+    ]
+
+
+def play(settings: DemoSettings, controller: Controller, name: str, record: Sequence[int]) -> list[Rollout]:
+    """Closed loop of any controller on the evaluation starts."""
+    return roll_out(
+        lambda: make_environment(settings),
+        controller,
+        evaluation_episodes(settings),
+        num_environments=100,
+        record=record,
+        description=f"playing {name}",
+    )

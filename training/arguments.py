@@ -1,0 +1,200 @@
+"""Training arguments of the three stages. The defaults are the published recipes."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+CODEBOOK_UPDATES = ("reseed", "published", "none")
+
+
+def _check_at_least(arguments: TrainingArguments, least: dict[str, int]) -> None:
+    for name, minimum in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+@dataclass
+class LapaQuantizerTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`LapaQuantizerTrainer`] (stage 1).
+
+    Only what is specific to this stage is listed; everything else is in [`~transformers.TrainingArguments`]. The
+    recipe is that of `laq_openx.pt`: Adam with betas 0.9 and 0.99, constant rate 1e-4, no weight decay, gradients
+    clipped at 0.5, 64 pairs per step, 100,005 steps. Weight decay 0 makes the AdamW used here Adam.
+
+    Parameters:
+        > Parameters that control the codebook
+
+        codebook_init_from_data (`bool`, *optional*, defaults to `True`):
+            Whether the codebook of a fresh model starts as spread-out embeddings of the first batch. A random codebook
+            far from the embeddings falls to one code at once. Models loaded from a checkpoint keep theirs.
+        codebook_update (`str`, *optional*, defaults to `"reseed"`):
+            What happens to codes that are not used: `"reseed"` puts them where current embeddings are, `"published"`
+            copies used entries over them by the published rule and schedule, `"none"` leaves them.
+        codebook_update_interval (`int`, *optional*, defaults to `20`):
+            Steps between two re-seedings, over which usage is counted.
+        codebook_update_until (`int`, *optional*):
+            Last step that may re-seed; None means four fifths of the training, so that the codebook settles.
+        codebook_update_threshold (`float`, *optional*, defaults to `0.1`):
+            `"reseed"`: a code is dead when its share of all codes is below this part of an even share
+            (`1 / codebook_size`). `"published"`: the published meaning, uses per sample of a batch.
+
+        > Parameters that control the sample reconstructions
+
+        num_sample_reconstructions (`int`, *optional*, defaults to `8`):
+            Frame pairs drawn as first frame, second frame and reconstruction, side by side; 0 draws none. They go to
+            tensorboard and, as PNG files, to `output_dir/samples`.
+        sample_interval (`int`, *optional*, defaults to `1000`):
+            Steps between two drawings; the last step draws too.
+
+        > Parameters whose defaults differ from TrainingArguments
+
+        per_device_train_batch_size (`int`, defaults to `64`), learning_rate (`float`, defaults to `1e-4`),
+        lr_scheduler_type (`str`, defaults to `"constant"`), adam_beta2 (`float`, defaults to `0.99`),
+        max_grad_norm (`float`, defaults to `0.5`), max_steps (`int`, defaults to `100005`),
+        logging_steps (`float`, defaults to `50`), report_to (defaults to `"tensorboard"`),
+        remove_unused_columns (`bool`, defaults to `False`).
+    """
+
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Frame pairs per device and step."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of Adam."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Beta2 of Adam."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest norm of the gradient."})
+    max_steps: int = field(default=100_005, metadata={"help": "Steps to train; -1 counts in `num_train_epochs`."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs."})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "Where metrics are reported."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the data are frame pairs."})
+
+    codebook_init_from_data: bool = field(
+        default=True, metadata={"help": "Start the codebook of a fresh model from embeddings of the first batch."}
+    )
+    codebook_update: str = field(
+        default="reseed",
+        metadata={"help": "What happens to unused codes.", "choices": list(CODEBOOK_UPDATES)},
+    )
+    codebook_update_interval: int = field(default=20, metadata={"help": "Steps between two re-seedings."})
+    codebook_update_until: int | None = field(
+        default=None, metadata={"help": "Last step that may re-seed; four fifths of the training by default."}
+    )
+    codebook_update_threshold: float = field(
+        default=0.1, metadata={"help": "A code used less than this part of an even share is re-seeded."}
+    )
+    num_sample_reconstructions: int = field(
+        default=8, metadata={"help": "Frame pairs drawn beside their reconstruction; 0 draws none."}
+    )
+    sample_interval: int = field(default=1000, metadata={"help": "Steps between two drawings."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codebook_update not in CODEBOOK_UPDATES:
+            raise ValueError(
+                f"`codebook_update` must be one of {', '.join(CODEBOOK_UPDATES)}, got {self.codebook_update!r}."
+            )
+        if not 0 <= self.codebook_update_threshold < 1:
+            raise ValueError(f"`codebook_update_threshold` must lie in [0, 1), got {self.codebook_update_threshold}.")
+        _check_at_least(
+            self,
+            {
+                "codebook_update_interval": 1,
+                "codebook_update_until": 0,
+                "num_sample_reconstructions": 0,
+                "sample_interval": 1,
+            },
+        )
+
+
+@dataclass
+class LapaPolicyTrainingArguments(TrainingArguments):
+    r"""
+    What stages 2 and 3 share: AdamW with betas 0.9 and 0.95, constant rate 2e-5, no weight decay, gradients clipped at
+    1.0, batches in bf16 where an accelerator can.
+
+    Parameters:
+        > Parameters that control the batches
+
+        max_length (`int`, *optional*):
+            Most ids of a training example (published: 384); a longer one is an error. None sets no limit.
+        pad_to_max_length (`bool`, *optional*, defaults to `False`):
+            Whether every batch is `max_length` wide (published) instead of as wide as its longest example.
+
+        > Parameters whose defaults differ from TrainingArguments
+
+        per_device_train_batch_size (`int`, defaults to `32`), learning_rate (`float`, defaults to `2e-5`),
+        lr_scheduler_type (`str`, defaults to `"constant"`), adam_beta2 (`float`, defaults to `0.95`),
+        bf16 (`bool`, *optional*, defaults to on where an accelerator supports it and fp16 is off),
+        logging_steps (`float`, defaults to `10`), report_to (defaults to `"tensorboard"`),
+        remove_unused_columns (`bool`, defaults to `False`).
+    """
+
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training examples per device and step."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "Where metrics are reported."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator needs all."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Compute in bf16; on by default where an accelerator supports it."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most ids of an example; longer ones are errors."})
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every batch to `max_length`."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            # A check of the device itself would set up the distributed state too early.
+            self.bf16 = (
+                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        super().__post_init__()
+        _check_at_least(self, {"max_length": 1})
+        if self.pad_to_max_length and self.max_length is None:
+            raise ValueError("`max_length` must be given with `pad_to_max_length`, got None.")
+
+
+@dataclass
+class LapaLatentPretrainingArguments(LapaPolicyTrainingArguments):
+    r"""
+    Arguments of [`LapaLatentPretrainingTrainer`] (stage 2). The published Open-X run took 70,000 steps of 256 examples
+    (32 on each of 8 devices).
+
+    Parameters:
+        > Parameters whose defaults differ from LapaPolicyTrainingArguments
+
+        max_steps (`int`, defaults to `70000`).
+    """
+
+    max_steps: int = field(default=70_000, metadata={"help": "Steps to train; -1 counts in `num_train_epochs`."})
+
+
+@dataclass
+class LapaActionFinetuningArguments(LapaPolicyTrainingArguments):
+    r"""
+    Arguments of [`LapaActionFinetuningTrainer`] (stage 3). The published runs took 128 examples per step (32 on each of
+    4 devices), 2,000 steps on a real robot and 500 on SIMPLER.
+
+    Parameters:
+        > Parameters that control saving
+
+        merge_adapter (`bool`, *optional*, defaults to `True`):
+            Whether the final folder of a LoRA run holds the merged model; otherwise the adapter alone. Checkpoints
+            hold the adapter.
+
+        > Parameters whose defaults differ from LapaPolicyTrainingArguments
+
+        max_steps (`int`, defaults to `2000`).
+    """
+
+    max_steps: int = field(default=2000, metadata={"help": "Steps to train; -1 counts in `num_train_epochs`."})
+    merge_adapter: bool = field(default=True, metadata={"help": "Save a LoRA run as a merged model."})
+
+
+__all__ = [
+    "CODEBOOK_UPDATES",
+    "LapaActionFinetuningArguments",
+    "LapaLatentPretrainingArguments",
+    "LapaPolicyTrainingArguments",
+    "LapaQuantizerTrainingArguments",
+]

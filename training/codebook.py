@@ -1,0 +1,175 @@
+"""The quantizer's codebook over a training: started from data, counted exactly, dead codes put back to use."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lapa.training.metrics import count_codes
+
+STATE_FILE = "codebook_state.safetensors"
+# Steps between two replacements of the published rule, by the step below which the interval holds.
+PUBLISHED_SCHEDULE = ((100, 10), (1000, 100), (5000, 500))
+# Of the spread of the embeddings: two codes drawn from the same embedding must not stay equal for ever.
+JITTER = 1e-3
+
+
+@dataclass
+class CodebookState:
+    """
+    Usage of the codes, over all processes.
+
+    Args:
+        usage_counts (`torch.Tensor` of shape `(codebook_size,)`): int64 uses since the last update, every occurrence.
+        batch_counts (`torch.Tensor` of shape `(codebook_size,)`): int64 batches since the last update in which the code
+            occurred, which is what the published code counts.
+        num_replaced (`int`): Codes replaced so far.
+    """
+
+    usage_counts: torch.Tensor
+    batch_counts: torch.Tensor
+    num_replaced: int = field(default=0)
+
+    @classmethod
+    def new(cls, codebook_size: int) -> "CodebookState":
+        """Nothing counted yet."""
+        return cls(torch.zeros(codebook_size, dtype=torch.int64), torch.zeros(codebook_size, dtype=torch.int64))
+
+    def count(self, counts: torch.Tensor) -> None:
+        """Adds one batch's `counts` (codebook_size,) int64, already summed over processes."""
+        counts = counts.cpu()
+        self.usage_counts += counts
+        self.batch_counts += counts > 0
+
+    def reset_counts(self) -> None:
+        """Starts a new period."""
+        self.usage_counts.zero_()
+        self.batch_counts.zero_()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `codebook_state.safetensors` into a checkpoint."""
+        path = Path(folder) / STATE_FILE
+        temporary = path.with_name(path.name + ".tmp")
+        tensors = {"usage_counts": self.usage_counts, "batch_counts": self.batch_counts}
+        save_file(tensors, temporary, metadata={"lapa": json.dumps({"num_replaced": self.num_replaced})})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path, codebook_size: int) -> "CodebookState":
+        """
+        Reads what `save` wrote.
+
+        Raises:
+            ValueError: A checkpoint without the file, a damaged file, or another codebook size.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} cannot be resumed: it has no {STATE_FILE}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("usage_counts", "batch_counts")}
+                metadata = json.loads(file.metadata()["lapa"])
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        found = len(tensors["usage_counts"])
+        if found != codebook_size:
+            raise ValueError(f"{path} counts {found} codes, but the model has {codebook_size} (`codebook_size`).")
+        return cls(**tensors, **metadata)
+
+
+def published_update_due(step: int) -> bool:
+    """Whether the published loop replaces unused codes in its step number `step`, counted from 0."""
+    if step == 0:
+        return False
+    return any(step < limit and step % interval == 0 for limit, interval in PUBLISHED_SCHEDULE)
+
+
+def spread_choice(
+    embeddings: torch.Tensor, num_choices: int, generator: torch.Generator, taken: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Picks embeddings far from each other and from entries that are taken (k-means++).
+
+    Args:
+        embeddings: (num_embeddings, dim) float.
+        num_choices: How many to pick; more than there are distinct ones repeat.
+        generator: CPU generator of the draws.
+        taken: (num_taken, dim) entries that stay.
+
+    Returns:
+        (num_choices,) int64 indices.
+    """
+    points = embeddings.double().cpu()
+    distances = torch.full((len(points),), float("inf"), dtype=torch.float64)
+    if taken is not None and len(taken):
+        distances = torch.cdist(points, taken.double().cpu()).square().min(1).values
+    choices = []
+    for _ in range(num_choices):
+        # With nothing taken yet, or nothing left that differs, every embedding is equally likely.
+        usable = torch.isfinite(distances).all() and bool(distances.sum() > 0)
+        weights = distances if usable else torch.ones_like(distances)
+        choice = torch.multinomial(weights, 1, generator=generator)
+        choices.append(choice)
+        distances = torch.minimum(distances, (points - points[choice]).square().sum(1))
+    return torch.cat(choices)
+
+
+@torch.no_grad()
+def codebook_from_embeddings(codebook: torch.Tensor, embeddings: torch.Tensor, generator: torch.Generator) -> None:
+    """Overwrites `codebook` (codebook_size, dim) by spread-out rows of `embeddings` (num_embeddings, dim), in place."""
+    dead = torch.ones(len(codebook), dtype=torch.bool)
+    reseed_codes(codebook, dead, embeddings, generator)
+
+
+@torch.no_grad()
+def reseed_codes(
+    codebook: torch.Tensor, dead: torch.Tensor, embeddings: torch.Tensor, generator: torch.Generator
+) -> None:
+    """
+    Puts dead codes where embeddings are, far from the live codes, in place.
+
+    Args:
+        codebook: (codebook_size, dim) float, edited in place.
+        dead: (codebook_size,) bool.
+        embeddings: (num_embeddings, dim) float, of the current encoder.
+        generator: CPU generator of the draws.
+    """
+    dead = dead.cpu()
+    embeddings = embeddings.detach().float().cpu()
+    choices = spread_choice(embeddings, int(dead.sum()), generator, codebook[(~dead).to(codebook.device)])
+    spread = (embeddings - embeddings.mean(0)).square().mean().sqrt()
+    noise = torch.randn(len(choices), embeddings.shape[1], generator=generator) * spread * JITTER
+    codebook[dead.to(codebook.device)] = (embeddings[choices] + noise).to(codebook)
+
+
+def dead_codes(usage_counts: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Mask (codebook_size,) of codes used less than `threshold` times an even share. None is dead before any count."""
+    total = int(usage_counts.sum())
+    if total == 0:
+        return torch.zeros(len(usage_counts), dtype=torch.bool)
+    return usage_counts.cpu() < threshold * total / len(usage_counts)
+
+
+@torch.no_grad()
+def clear_moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, rows: torch.Tensor) -> None:
+    """Zeroes an optimizer's running moments of some rows of a parameter: they belong to entries that are gone."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if torch.is_tensor(value) and value.shape == parameter.shape:
+            value[rows.to(value.device)] = 0
+
+
+__all__ = [
+    "PUBLISHED_SCHEDULE",
+    "STATE_FILE",
+    "CodebookState",
+    "clear_moments",
+    "codebook_from_embeddings",
+    "count_codes",
+    "dead_codes",
+    "published_update_due",
+    "reseed_codes",
+    "spread_choice",
+]

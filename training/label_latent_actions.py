@@ -1,0 +1,347 @@
+"""Between stages 1 and 2: the quantizer's encoder labels every step of a video with latent action codes."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from lapa.data.frame_pairs import FramePairCollator, FramePairDataset, Frames
+from lapa.data.schema import Episode
+from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer, LapaQuantizerEncoder
+from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
+from lapa.processing.image_processing_lapa import LapaImageProcessor
+
+MANIFEST = "labels.json"
+# Bytes of a file read at a time when it is hashed.
+HASH_CHUNK = 1 << 20
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _items(source: Any) -> Iterator[Any]:
+    # A map-style data set need not define iteration, and the old protocol of Python would run past its end.
+    return (source[index] for index in range(len(source))) if isinstance(source, Dataset) else iter(source)
+
+
+def _as_frames(pair: Any) -> torch.Tensor:
+    """A pair in any accepted form -> (2, 3, height, width) uint8."""
+    if isinstance(pair, dict):
+        return pair["frames"]
+    frames = torch.as_tensor(np.asarray(pair))
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) != 2 or frames.shape[-1] != 3:
+        raise ValueError(
+            "`frame_pairs` must hold (2, height, width, 3) uint8 pairs, got "
+            f"{frames.dtype} of shape {tuple(frames.shape)}."
+        )
+    return frames.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def label_latent_actions(
+    quantizer: LapaQuantizer | LapaQuantizerEncoder,
+    frame_pairs: Any,
+    batch_size: int = 64,
+    show_progress: bool = True,
+) -> NDArray[np.int64]:
+    """
+    Latent action codes of frame pairs, in their order.
+
+    Args:
+        quantizer: On whatever device and in whatever dtype it should run.
+        frame_pairs: A `FramePairDataset`, an array (num_pairs, 2, height, width, 3) uint8, or any iterable of such
+            pairs. Frames must have the quantizer's `image_size`.
+        batch_size: Pairs encoded at a time. The codes do not depend on it.
+        show_progress: Whether a progress bar is shown.
+
+    Returns:
+        (num_pairs, num_latent_tokens) int64 in [0, codebook_size).
+
+    Raises:
+        ValueError: A batch size below one, or frames of another size or kind.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    collate, parameter = FramePairCollator(), next(quantizer.parameters())
+    # The encoder alone lets the reconstruction, two thirds of the work, out.
+    encode = quantizer.encode if isinstance(quantizer, LapaQuantizer) else quantizer
+    was_training = quantizer.training
+    quantizer.eval()
+    total = len(frame_pairs) if isinstance(frame_pairs, (Dataset, Sequence, np.ndarray)) else None
+    codes = []
+    try:
+        with tqdm(total=total, desc="labelling", unit="pair", disable=not show_progress) as bar:
+            for batch in _batches(_items(frame_pairs), batch_size):
+                pixels = collate([{"frames": _as_frames(pair)} for pair in batch])["pixel_values"]
+                output = encode(pixels.to(parameter.device, parameter.dtype))
+                codes.append(output.latent_action_codes.cpu())
+                bar.update(len(batch))
+    finally:
+        quantizer.train(was_training)
+    width = quantizer.config.num_latent_tokens
+    return torch.cat(codes).numpy() if codes else np.zeros((0, width), dtype=np.int64)
+
+
+def label_episodes(
+    quantizer: LapaQuantizer | LapaQuantizerEncoder,
+    episodes: Sequence[Frames],
+    frame_gap: int | Sequence[int],
+    batch_size: int = 64,
+    show_progress: bool = True,
+) -> list[NDArray[np.int64]]:
+    """
+    Codes of every step that has a frame `frame_gap` later in its episode.
+
+    Args:
+        quantizer: See `label_latent_actions`.
+        episodes: Sequences of frames (num_frames, height, width, 3) uint8; resized to the quantizer's size.
+        frame_gap: Frames between the two of a pair; one number, or one per episode.
+        batch_size: Pairs encoded at a time, across episodes.
+        show_progress: Whether a progress bar is shown.
+
+    Returns:
+        Per episode (max(num_frames - frame_gap, 0), num_latent_tokens) int64: row t is what happens from frame t on.
+    """
+    gaps = [frame_gap] * len(episodes) if isinstance(frame_gap, int) else list(frame_gap)
+    lengths = [max(len(frames) - gap, 0) for frames, gap in zip(episodes, gaps)]
+    if not sum(lengths):
+        return [np.zeros((0, quantizer.config.num_latent_tokens), dtype=np.int64) for _ in episodes]
+    dataset = FramePairDataset(episodes, gaps, quantizer.config.image_height_width)
+    codes = label_latent_actions(quantizer, dataset, batch_size, show_progress)
+    return np.split(codes, np.cumsum(lengths)[:-1])
+
+
+@torch.no_grad()
+def encode_images(
+    vision_tokenizer: LapaVisionTokenizer,
+    image_processor: LapaImageProcessor,
+    images: Iterable[Any],
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> NDArray[np.int64]:
+    """
+    Vision codes of images, to train a policy without running the frozen tokenizer in every step.
+
+    Args:
+        vision_tokenizer: The policy's own (`policy.model.vision_tokenizer`).
+        image_processor: The processor's.
+        images: As the image processor accepts them.
+        batch_size: Images encoded at a time.
+        show_progress: Whether a progress bar is shown.
+
+    Returns:
+        (num_images, num_image_tokens) int64.
+    """
+    parameter = next(vision_tokenizer.parameters())
+    total = len(images) if isinstance(images, (Sequence, np.ndarray)) else None
+    codes = []
+    with tqdm(total=total, desc="encoding images", unit="image", disable=not show_progress) as bar:
+        for batch in _batches(images, batch_size):
+            pixels = torch.as_tensor(np.asarray(image_processor(batch)["pixel_values"]))
+            codes.append(vision_tokenizer.encode(pixels.to(parameter.device, parameter.dtype)).codes.flatten(1).cpu())
+            bar.update(len(batch))
+    if not codes:
+        raise ValueError("`images` holds no image.")
+    return torch.cat(codes).numpy()
+
+
+def hash_weights(folder: str | Path) -> str:
+    """SHA-256 of a checkpoint's `model.safetensors`: which quantizer made some labels."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no quantizer folder: it has no model.safetensors.")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LabelManifest:
+    """
+    What a folder of labels was made with.
+
+    Args:
+        quantizer_hash (`str`): `hash_weights` of the quantizer.
+        codebook_size, num_latent_tokens (`int`): Its sizes.
+        frame_gap (`int`, *optional*), frame_gap_seconds (`float`, *optional*): Which pairs were encoded.
+        camera (`str`, *optional*): Camera of the episodes.
+        source (`str`): Where the episodes come from.
+        episodes_per_shard (`int`): Episodes in each file.
+    """
+
+    quantizer_hash: str
+    codebook_size: int
+    num_latent_tokens: int
+    frame_gap: int | None
+    frame_gap_seconds: float | None
+    camera: str | None
+    source: str
+    episodes_per_shard: int
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `labels.json`."""
+        write_atomically(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LabelManifest":
+        """
+        Reads `labels.json`.
+
+        Raises:
+            ValueError: A folder without it, or one that is damaged.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no labels: it has no {MANIFEST}. `lapa label` writes it.")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _png(frame: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def episode_rows(episode: Episode, camera: str, codes: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    """Rows of one episode, one per labelled step; the image as PNG."""
+    for step, step_codes in enumerate(codes):
+        yield {
+            "episode_id": episode.episode_id,
+            "source": episode.source,
+            "step": step,
+            "instruction": episode.instruction,
+            "latent_action_codes": step_codes.tolist(),
+            "image": {"bytes": _png(episode.frame(camera, step)), "path": None},
+        }
+
+
+def write_labels(
+    output: str | Path,
+    manifest: LabelManifest,
+    episodes: Iterable[Episode],
+    label: Callable[[list[Episode]], Iterable[Iterable[dict[str, Any]]]],
+) -> int:
+    """
+    Labels episodes shard by shard into `labels-00000.parquet`, `labels-00001.parquet`, ... and `labels.json`.
+
+    Shards are written whole or not at all. A second run with the same settings goes on after the last one.
+
+    Args:
+        output: Folder, made if need be.
+        manifest: Settings of the run.
+        episodes: In an order that does not change between runs.
+        label: Rows of each episode of a shard.
+
+    Returns:
+        How many rows the folder holds.
+
+    Raises:
+        ValueError: A folder that holds something else, or labels made with other settings.
+    """
+    import pyarrow.parquet as parquet
+    from datasets import Dataset as TableDataset
+    from datasets import Features, Image, List, Value
+
+    folder = Path(output)
+    features = Features(
+        {
+            "episode_id": Value("string"),
+            "source": Value("string"),
+            "step": Value("int64"),
+            "instruction": Value("string"),
+            "latent_action_codes": List(Value("int64")),
+            "image": Image(),
+        }
+    )
+    _check_label_folder(folder, manifest)
+    num_rows = 0
+    for shard, batch in enumerate(_batches(episodes, manifest.episodes_per_shard)):
+        path = folder / f"labels-{shard:05d}.parquet"
+        if not path.exists():
+            rows = [row for episode in label(batch) for row in episode]
+            table = TableDataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+            buffer = io.BytesIO()
+            table.to_parquet(buffer)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MANIFEST).exists():
+                manifest.save(folder)
+            write_atomically(path, buffer.getvalue())
+        num_rows += parquet.read_metadata(path).num_rows
+    if not num_rows:
+        raise ValueError(
+            f"{manifest.source} gave no pair of frames to label: no episode is longer than the frame gap."
+        )
+    return num_rows
+
+
+def _check_label_folder(folder: Path, manifest: LabelManifest) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"`output` is a file: {folder}.")
+    if not any(folder.iterdir()):
+        return
+    earlier = LabelManifest.load(folder)
+    if earlier != manifest:
+        different = [name for name, value in asdict(manifest).items() if asdict(earlier)[name] != value]
+        raise ValueError(
+            f"`output` ({folder}) holds labels made with another {', '.join(different)}: name a new folder."
+        )
+
+
+def read_labels(folder: str | Path) -> Any:
+    """
+    Labels that `write_labels` wrote, as a `datasets.Dataset` whose images decode when they are read.
+
+    Raises:
+        ValueError: A folder without labels.
+    """
+    from datasets import load_dataset
+
+    LabelManifest.load(folder)
+    files = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
+    if not files:
+        raise ValueError(f"{folder} holds no labels: it has {MANIFEST}, but no labels-*.parquet.")
+    return load_dataset("parquet", data_files=files, split="train")
+
+
+__all__ = [
+    "LabelManifest",
+    "encode_images",
+    "episode_rows",
+    "hash_weights",
+    "label_episodes",
+    "label_latent_actions",
+    "read_labels",
+    "write_labels",
+]

@@ -1,0 +1,23 @@
+"""Stage 2: teaching the policy to predict the quantizer's codes from an image and an instruction."""
+
+from lapa.training.arguments import LapaLatentPretrainingArguments
+from lapa.training.policy_trainer import LapaPolicyTrainer
+
+
+class LapaLatentPretrainingTrainer(LapaPolicyTrainer):
+    r"""
+    Trainer of [`LapaForLatentAction`], see `LapaPolicyTrainer` for the arguments.
+
+    ```python
+    >>> dataset = LabelledStepDataset(processor, instructions, images=images, latent_action_codes=codes)
+    >>> trainer = LapaLatentPretrainingTrainer(
+    ...     LapaForLatentAction(config), LapaLatentPretrainingArguments("policy"), dataset, processor=processor
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    args: LapaLatentPretrainingArguments
+
+
+__all__ = ["LapaLatentPretrainingTrainer"]

@@ -1,0 +1,327 @@
+"""Stage 1: training the latent action quantizer without letting its codebook collapse."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from lapa.data.frame_pairs import FramePairCollator
+from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
+from lapa.modeling_lapa.vector_quantization_lapa import CodebookQuantizer, replace_unused_codes_published
+from lapa.training.arguments import LapaQuantizerTrainingArguments
+from lapa.training.codebook import (
+    CodebookState,
+    clear_moments,
+    codebook_from_embeddings,
+    dead_codes,
+    published_update_due,
+    reseed_codes,
+)
+from lapa.training.metrics import RunningMeans, code_usage, count_codes, num_codes_used, perplexity
+
+logger = logging.getLogger(__name__)
+
+# Larger codebooks log no share per code: thousands of curves help nobody.
+MAX_LOGGED_CODES = 64
+
+
+class CodebookCallback(TrainerCallback):
+    """Updates the codebook after an optimizer step, before anything is logged or saved."""
+
+    def __init__(self, trainer: "LapaQuantizerTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Re-seeds dead codes where the schedule says so."""
+        self.trainer.update_codebook(state.global_step)
+
+
+class SampleReconstructionsCallback(TrainerCallback):
+    """Draws first frame, second frame and reconstruction of a few fixed pairs."""
+
+    def __init__(self, trainer: "LapaQuantizerTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draws every `sample_interval` steps and at the end, on the main process."""
+        due = state.global_step % self.trainer.args.sample_interval == 0 or state.global_step >= state.max_steps
+        if due and state.is_world_process_zero:
+            self.trainer.draw_samples(state.global_step)
+
+
+def reconstruction_grid(frames: torch.Tensor, reconstructions: torch.Tensor) -> np.ndarray:
+    """
+    Rows of first frame, second frame, reconstruction.
+
+    Args:
+        frames: (batch, 2, 3, height, width) float in [0, 1].
+        reconstructions: (batch, 3, height, width) float, clipped here.
+
+    Returns:
+        (batch * height, 3 * width, 3) uint8.
+    """
+    rows = torch.cat((frames, reconstructions.unsqueeze(1)), dim=1).clamp(0, 1)
+    # b k c h w -> (b h) (k w) c
+    batch, columns, channels, height, width = rows.shape
+    grid = rows.permute(0, 3, 1, 4, 2).reshape(batch * height, columns * width, channels)
+    return (grid * 255).round().to(torch.uint8).cpu().numpy()
+
+
+class LapaQuantizerTrainer(Trainer):
+    r"""
+    Trainer of [`LapaQuantizer`].
+
+    ```python
+    >>> trainer = LapaQuantizerTrainer(
+    ...     LapaQuantizer(config), LapaQuantizerTrainingArguments("quantizer"), FramePairDataset(episodes, frame_gap=3)
+    ... )
+    >>> trainer.train()
+    ```
+
+    Beside the loss it logs the reconstruction loss, how many codes were used since the last log, their perplexity and
+    shares, and how many were replaced so far. A checkpoint holds the usage counts, so that a resumed training goes on
+    exactly as if it had not stopped.
+
+    Args:
+        model: The quantizer. With `quantizer="fsq"` there is no codebook to look after.
+        args: Training arguments.
+        train_dataset: `FramePairDataset`, or anything that gives `frames` (2, 3, height, width) uint8.
+        eval_dataset: As `train_dataset`.
+        callbacks: Further callbacks.
+        data_collator: Batches the examples; `FramePairCollator` when None.
+        kwargs: Further arguments of [`~transformers.Trainer`].
+    """
+
+    args: LapaQuantizerTrainingArguments
+
+    def __init__(
+        self,
+        model: LapaQuantizer,
+        args: LapaQuantizerTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        data_collator: Callable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=FramePairCollator() if data_collator is None else data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks or ()),
+            **kwargs,
+        )
+        self.codebook_size: int = model.config.codebook_size
+        self.codebook_state = CodebookState.new(self.codebook_size)
+        self._means = RunningMeans()
+        self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
+        self._step_embeddings: list[torch.Tensor] = []
+        # First, so that samples, logs and checkpoints see the updated codebook.
+        self.callback_handler.callbacks.insert(0, CodebookCallback(self))
+        if args.num_sample_reconstructions:
+            self.add_callback(SampleReconstructionsCallback(self))
+
+    @property
+    def quantizer(self) -> LapaQuantizer:
+        """The model without what wraps it for distributed training."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def codebook(self) -> nn.Parameter | None:
+        """The codebook; None for a quantizer that has none (FSQ)."""
+        bottleneck = self.quantizer.vector_quantizer
+        return bottleneck.codebook if isinstance(bottleneck, CodebookQuantizer) else None
+
+    @property
+    def codebook_update_until(self) -> int:
+        """Last step that may re-seed."""
+        until = self.args.codebook_update_until
+        return self.state.max_steps * 4 // 5 if until is None else until
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a batch; in training also counts its codes."""
+        if model.training and self.state.global_step == 0 and not self._step_embeddings:
+            self._start_codebook(inputs["pixel_values"])
+        # NSVQ draws its noise from torch's generator, which checkpoints restore.
+        outputs = model(pixel_values=inputs["pixel_values"], noise=None)
+        counts = count_codes(outputs.latent_action_codes, self.codebook_size)
+        if model.training:
+            self._count_batch(counts, outputs)
+        else:
+            self._eval_counts += counts.cpu()
+            self._eval_means.add(
+                {"reconstruction_loss": outputs.reconstruction_loss}, weight=len(inputs["pixel_values"])
+            )
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _count_batch(self, counts: torch.Tensor, outputs: Any) -> None:
+        counts = self.accelerator.reduce(counts, "sum")
+        self.codebook_state.count(counts)
+        self._logged_counts += counts.cpu()
+        self._means.add({"reconstruction_loss": outputs.reconstruction_loss})
+        self._step_embeddings.append(outputs.latent_action_embeddings.detach().flatten(0, 1))
+        # The published loop replaces between the forward and the backward pass of a step.
+        if (
+            self.codebook is not None
+            and self.args.codebook_update == "published"
+            and published_update_due(self.state.global_step)
+        ):
+            self._replace_published(outputs.latent_action_codes.shape[0])
+
+    @torch.no_grad()
+    def _start_codebook(self, pixel_values: torch.Tensor) -> None:
+        codebook = self.codebook
+        if codebook is None or not self.args.codebook_init_from_data:
+            return
+        if self.quantizer.name_or_path:
+            logger.info("The codebook of %s is kept: it is not a fresh model.", self.quantizer.name_or_path)
+            return
+        embeddings = self.quantizer.encode(pixel_values).latent_action_embeddings.flatten(0, 1)
+        embeddings = self.accelerator.gather(embeddings.contiguous())
+        codebook_from_embeddings(codebook, embeddings, self._generator(0))
+        self._share_codebook(codebook)
+
+    def _replace_published(self, batch_size: int) -> None:
+        codebook, state = self.codebook, self.codebook_state
+        assert codebook is not None
+        # What is counted is batches in which a code occurred, what it is divided by is the batch size: as published.
+        state.num_replaced += replace_unused_codes_published(
+            codebook.data,
+            state.batch_counts,
+            batch_size * self.accelerator.num_processes,
+            self.args.codebook_update_threshold,
+        )
+        self._share_codebook(codebook)
+        state.reset_counts()
+
+    @torch.no_grad()
+    def update_codebook(self, step: int) -> None:
+        """Re-seeds dead codes after step number `step` (from 1) if that is due; called by the callback."""
+        embeddings, self._step_embeddings = self._step_embeddings, []
+        codebook, args = self.codebook, self.args
+        if codebook is None or args.codebook_update != "reseed" or step > self.codebook_update_until:
+            return
+        if step % args.codebook_update_interval:
+            return
+        dead = dead_codes(self.codebook_state.usage_counts, args.codebook_update_threshold)
+        if dead.any():
+            gathered = torch.cat([self.accelerator.gather(part.contiguous()) for part in embeddings])
+            reseed_codes(codebook, dead, gathered, self._generator(step))
+            self._share_codebook(codebook)
+            clear_moments(self.optimizer, codebook, dead)
+            self.codebook_state.num_replaced += int(dead.sum())
+            logger.info("step %d: re-seeded %d of %d codes", step, int(dead.sum()), self.codebook_size)
+        self.codebook_state.reset_counts()
+
+    def _generator(self, step: int) -> torch.Generator:
+        # Its own generator: the draws depend on the seed and the step alone, and leave torch's generator as it is.
+        seed = np.random.SeedSequence([self.args.seed, step]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    def _share_codebook(self, codebook: nn.Parameter) -> None:
+        """Gives every process the codebook of the first."""
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(codebook.data, src=0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in [`~transformers.Trainer`], with what happened since the last training log."""
+        if "loss" in logs:
+            logs |= self._means.pop(self.accelerator.gather)
+            logs |= self._usage_logs(self._logged_counts)
+            logs["codes_replaced"] = float(self.codebook_state.num_replaced)
+            self._logged_counts.zero_()
+        super().log(logs, start_time)
+
+    def _usage_logs(self, counts: torch.Tensor) -> dict[str, float]:
+        logs = {"perplexity": perplexity(counts), "codes_used": float(num_codes_used(counts))}
+        if self.codebook_size <= MAX_LOGGED_CODES:
+            logs |= {f"code_usage/{code}": float(share) for code, share in enumerate(code_usage(counts))}
+        return logs
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Loss of an evaluation batch; the reconstructions themselves are not kept."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in [`~transformers.Trainer`], with the reconstruction loss and the use of the codes."""
+        self._eval_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
+        self._eval_means = RunningMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        counts = self.accelerator.reduce(self._eval_counts.to(self.accelerator.device), "sum").cpu()
+        metrics = {**self._eval_means.pop(self.accelerator.gather), **self._usage_logs(counts)}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    @torch.no_grad()
+    def draw_samples(self, step: int) -> None:
+        """Writes `samples/step-*.png` below the output folder, and the same picture to tensorboard."""
+        dataset: Any = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        count = min(self.args.num_sample_reconstructions, len(dataset))
+        chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
+        batch = self._prepare_inputs(self.data_collator([dataset[int(item)] for item in chosen]))
+        quantizer, was_training = self.quantizer, self.quantizer.training
+        quantizer.eval()
+        try:
+            reconstruction = quantizer(batch["pixel_values"]).reconstruction
+        finally:
+            quantizer.train(was_training)
+        grid = reconstruction_grid(batch["pixel_values"], reconstruction)
+        folder = Path(self.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step:07d}.png"
+        Image.fromarray(grid).save(path.with_suffix(".tmp"), format="PNG")
+        os.replace(path.with_suffix(".tmp"), path)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("samples/reconstructions", grid, step, dataformats="HWC")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the rest: a checkpoint that has a trainer state is then complete.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.codebook_state.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.codebook_state = CodebookState.load(resume_from_checkpoint, self.codebook_size)
+
+
+__all__ = [
+    "CodebookCallback",
+    "LapaQuantizerTrainer",
+    "SampleReconstructionsCallback",
+    "reconstruction_grid",
+]

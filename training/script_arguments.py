@@ -1,0 +1,174 @@
+"""Arguments of the training scripts that are no training arguments: data, models, sizes."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def read_config(value: dict | str | None, config_class: Any, argument: str) -> dict[str, Any]:
+    """
+    Fields of a config, from a mapping in a recipe, JSON on the command line, or a JSON or YAML file.
+
+    Args:
+        value: What was given; None is no field.
+        config_class: Whose fields are accepted.
+        argument: Name of the argument, for errors.
+
+    Raises:
+        ValueError: What is no mapping, or a field that the config does not have.
+    """
+    import yaml
+
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        text = value
+        if Path(value).suffix in (".json", ".yaml", ".yml"):
+            if not Path(value).is_file():
+                raise ValueError(f"`{argument}` names a file that does not exist: {value}.")
+            text = Path(value).read_text(encoding="utf-8")
+        try:
+            value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"`{argument}` cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{argument}` must be a mapping of {config_class.__name__} fields, got {value!r}.")
+    unknown = sorted(set(value) - set(config_class.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"`{argument}` has no {config_class.__name__} field {', '.join(unknown)}.")
+    return dict(value)
+
+
+@dataclass
+class QuantizerArguments:
+    """
+    Arguments of `lapa train-quantizer`.
+
+    Args:
+        data (`str`): RLDS folder (a version folder of a TFDS data set).
+        split (`str`): Split to read.
+        camera (`str`, *optional*): Camera to read; the folder's first one by default.
+        frame_gap (`int`, *optional*): Frames between the two of a pair; 3 by default.
+        frame_gap_seconds (`float`, *optional*): The same in seconds, instead of `frame_gap`.
+        frequency (`float`, *optional*): Control steps per second, which RLDS does not record.
+        quantizer_config (`dict` or `str`, *optional*): `LapaQuantizerConfig` fields that differ from the released sizes:
+            a mapping in a recipe, JSON, or a JSON or YAML file.
+        model (`str`, *optional*): Quantizer folder to train on, instead of a fresh one.
+        eval_episodes (`int`): Last episodes, held out for evaluation.
+    """
+
+    data: str = field(metadata={"help": "RLDS folder."})
+    split: str = field(default="train", metadata={"help": "Split to read."})
+    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
+    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair (3 by default)."})
+    frame_gap_seconds: float | None = field(default=None, metadata={"help": "The gap in seconds instead."})
+    frequency: float | None = field(default=None, metadata={"help": "Control steps per second of the data."})
+    quantizer_config: dict | str | None = field(
+        default=None, metadata={"help": "LapaQuantizerConfig fields: JSON, or a JSON or YAML file."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Quantizer folder to train on."})
+    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+
+
+@dataclass
+class LabelArguments:
+    """
+    Arguments of `lapa label`.
+
+    Args:
+        model (`str`): Quantizer folder.
+        data (`str`): RLDS folder.
+        output (`str`): Folder to write. A second run goes on after the last complete shard.
+        split, camera, frame_gap, frame_gap_seconds, frequency: As in `QuantizerArguments`; what is not said is as the
+            quantizer was trained.
+        batch_size (`int`): Pairs encoded at a time.
+        episodes_per_shard (`int`): Episodes per file.
+        device (`str`, *optional*): Where the quantizer runs; a GPU if there is one.
+    """
+
+    model: str = field(metadata={"help": "Quantizer folder."})
+    data: str = field(metadata={"help": "RLDS folder."})
+    output: str = field(metadata={"help": "Folder to write."})
+    split: str = field(default="train", metadata={"help": "Split to read."})
+    camera: str | None = field(default=None, metadata={"help": "Camera; the quantizer's by default."})
+    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair."})
+    frame_gap_seconds: float | None = field(default=None, metadata={"help": "The gap in seconds instead."})
+    frequency: float | None = field(default=None, metadata={"help": "Control steps per second of the data."})
+    batch_size: int = field(default=64, metadata={"help": "Pairs encoded at a time."})
+    episodes_per_shard: int = field(default=256, metadata={"help": "Episodes per file."})
+    device: str | None = field(default=None, metadata={"help": "Where the quantizer runs."})
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "episodes_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class PretrainArguments:
+    """
+    Arguments of `lapa pretrain`.
+
+    Args:
+        data (`str`): Folder that `lapa label` wrote, or a published `.jsonl` file (image codes and `delta`).
+        model (`str`, *optional*): Policy folder to train on. Without it a fresh trunk is made from the next three.
+        policy_config (`dict` or `str`, *optional*): `LapaConfig` fields that differ from the released sizes.
+        vision_tokenizer (`str`, *optional*): Vision tokenizer folder of a fresh policy.
+        tokenizer (`str`, *optional*): Sentencepiece file of a fresh policy.
+        cache_vision_codes (`bool`): Whether images are encoded once, before training.
+        eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
+        dtype, attn_implementation (`str`, *optional*): How `model` is loaded.
+    """
+
+    data: str = field(metadata={"help": "Folder of labels, or a published .jsonl file."})
+    model: str | None = field(default=None, metadata={"help": "Policy folder to train on."})
+    policy_config: dict | str | None = field(
+        default=None, metadata={"help": "LapaConfig fields of a fresh policy: JSON, or a JSON or YAML file."}
+    )
+    vision_tokenizer: str | None = field(default=None, metadata={"help": "Vision tokenizer of a fresh policy."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Sentencepiece file of a fresh policy."})
+    cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
+    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype of the loaded model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the loaded model."})
+
+
+@dataclass
+class FinetuneArguments:
+    """
+    Arguments of `lapa finetune`, beside those of trl's `ModelConfig` (`use_peft`, `lora_r`, `dtype`, ...).
+
+    Args:
+        model (`str`): Policy folder, latent-pretrained or with action rows.
+        data (`str`): RLDS folder, or a published `.jsonl` file (image codes and `raw_actions`).
+        split, camera: As in `QuantizerArguments`.
+        unnorm_key (`str`, *optional*): Name of the action bins; the data set's name by default. Bins that the model's
+            processor already has under it are kept.
+        action_bins (`str`, *optional*): csv with bin edges in the published layout, instead of fitting them.
+        num_bins (`int`, *optional*): Most bins per dimension; the model's `action_vocab_size` by default.
+        gripper_dimension (`str`): `last`, `none`, or the index of the dimension that is open or closed.
+        cache_vision_codes (`bool`): Whether images are encoded once, before training.
+        eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
+    """
+
+    model: str = field(metadata={"help": "Policy folder."})
+    data: str = field(metadata={"help": "RLDS folder, or a published .jsonl file."})
+    split: str = field(default="train", metadata={"help": "Split to read."})
+    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
+    unnorm_key: str | None = field(default=None, metadata={"help": "Name of the action bins."})
+    action_bins: str | None = field(default=None, metadata={"help": "csv with published bin edges."})
+    num_bins: int | None = field(default=None, metadata={"help": "Most bins per action dimension."})
+    gripper_dimension: str = field(default="last", metadata={"help": "`last`, `none`, or an index."})
+    cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
+    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+
+    def __post_init__(self) -> None:
+        if self.gripper_dimension not in ("last", "none") and not self.gripper_dimension.lstrip("-").isdigit():
+            raise ValueError(f"`gripper_dimension` must be last, none or an index, got {self.gripper_dimension!r}.")
+
+
+__all__ = ["FinetuneArguments", "LabelArguments", "PretrainArguments", "QuantizerArguments", "read_config"]
