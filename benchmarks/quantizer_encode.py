@@ -57,7 +57,8 @@ def main() -> None:
             candidates["published fp32"] = lambda video=video: theirs(video, return_only_codebook_ids=True)
         for dtype, model in ours.items():
             name = f"lapa {'fp32' if dtype == torch.float32 else 'bf16'}"
-            candidates[name] = lambda model=model, pairs=pairs.to(dtype): model.encode(pairs)
+            inputs = pairs.to(dtype)
+            candidates[name] = lambda model=model, inputs=inputs: model.encode(inputs)
         timings = alternate(candidates, args.rounds, args.device)
         print_table(f"quantizer encode, batch {batch}, {args.threads} threads, {args.device}", timings, batch, "pairs")
 

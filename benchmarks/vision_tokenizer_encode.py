@@ -25,7 +25,10 @@ def main() -> None:
     }
     for batch in args.batch_sizes:
         images = torch.rand(batch, 3, 256, 256, device=args.device) * 2 - 1
-        candidates = {name: lambda model=model: model.encode(images.to(model.dtype)) for name, model in models.items()}
+        candidates = {}
+        for name, model in models.items():
+            inputs = images.to(model.dtype)
+            candidates[name] = lambda model=model, inputs=inputs: model.encode(inputs)
         timings = alternate(candidates, args.rounds, args.device)
         print_table(f"vision tokenizer encode, batch {batch}, {args.threads} threads", timings, batch, "images")
 

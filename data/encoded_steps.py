@@ -51,12 +51,14 @@ class EncodedStepDataset(Dataset[dict[str, NDArray[np.int64]]]):
         ):
             if len(codes) != len(self.sentence):
                 raise ValueError(f"`{name}` has {len(codes)} rows for {len(self.sentence)} instructions.")
-            if codes.size and not (0 <= codes.min() and codes.max() < limit):
+            if codes.size and not (codes.min() >= 0 and codes.max() < limit):
                 raise ValueError(f"`{name}` must lie in [0, {limit - 1}], got {codes.min()} to {codes.max()}.")
         blank = {target: [0] * self.targets.shape[1]}
         self.templates = [self._template(processor, str(sentence), blank) for sentence in sentences]
 
-    def _template(self, processor: LapaProcessor, sentence: str, blank: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    def _template(
+        self, processor: LapaProcessor, sentence: str, blank: dict[str, Any]
+    ) -> dict[str, NDArray[np.int64]]:
         image = [0] * self.vision_codes.shape[1]
         encoded = processor.encode_example(sentence, vision_codes=image, **blank)
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)

@@ -145,7 +145,10 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
         labelled = stages.record_labelled(settings, seed)
         video.save(video_file)
         labelled.save(labelled_file)
-        return {"video_frames": len(video.frames), "labelled_steps": int(len(labelled.actions) - len(labelled.lengths))}
+        return {
+            "video_frames": len(video.frames),
+            "labelled_steps": int(len(labelled.actions) - len(labelled.lengths)),
+        }
 
     results: dict[str, Any] = {"recorded": progress.stage("record", record)}
     video, labelled = stages.Recording.load(video_file), stages.Recording.load(labelled_file)

@@ -77,7 +77,7 @@ class QuantizerPictures:
     def code_effects(self) -> str:
         """One row per frame: the frame itself, then what each used code makes of it."""
         rows = []
-        for pair in self.sample[: NUM_EFFECT_FRAMES]:
+        for pair in self.sample[:NUM_EFFECT_FRAMES]:
             first = self._pixels(self.first[[pair]]).expand(len(self.used), -1, -1, -1)
             codes = torch.from_numpy(np.repeat(self.codes[[pair]], len(self.used), axis=0))
             codes[:, 0] = torch.from_numpy(self.used)
@@ -96,9 +96,7 @@ class QuantizerPictures:
             "codes_used": int((code_usage(counts) > 0).sum()),
             "codebook_size": self.settings.codebook_size,
             "perplexity": perplexity(counts),
-            "motion_r2": code_motion(
-                self.codes[self.sample], self.motion[self.sample], self.settings.codebook_size
-            ),
+            "motion_r2": code_motion(self.codes[self.sample], self.motion[self.sample], self.settings.codebook_size),
         }
 
 

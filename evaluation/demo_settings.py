@@ -64,7 +64,7 @@ class DemoSettings:
         """A few seconds of everything, to check that the stages run; its results mean nothing."""
         return replace(
             self,
-            video_episodes={family: 6 for family in self.families},
+            video_episodes=dict.fromkeys(self.families, 6),
             labelled_episodes_per_family=3,
             quantizer_steps=4,
             pretraining_steps=4,

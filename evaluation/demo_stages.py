@@ -119,7 +119,10 @@ def record(
 
 def join_episodes(episodes: Sequence[TabletopEpisode], with_actions: bool) -> Recording:
     """Lay episodes end to end; without actions they are dropped, not hidden."""
-    actions = [np.concatenate([e.actions, np.zeros_like(e.actions[:1])]) for e in episodes] if with_actions else []
+    actions = []
+    for episode in episodes if with_actions else ():
+        assert episode.actions is not None
+        actions.append(np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]))
     return Recording(
         frames=np.concatenate([episode.frames for episode in episodes]),
         lengths=np.array([len(episode.frames) for episode in episodes]),
@@ -136,7 +139,7 @@ def record_video(settings: DemoSettings, seed: int, embodiment: str) -> Recordin
 
 def record_labelled(settings: DemoSettings, seed: int) -> Recording:
     """The few episodes with actions, of the embodiment that is to be controlled."""
-    episodes = {family: settings.labelled_episodes_per_family for family in settings.families}
+    episodes = dict.fromkeys(settings.families, settings.labelled_episodes_per_family)
     return record(settings, episodes, LABELLED_SEEDS + seed * SEED_STRIDE, "arm", with_actions=True)
 
 
@@ -313,7 +316,9 @@ def finetune(
     return _run(LapaActionFinetuningTrainer(model, arguments, dataset, processor=processor), output)
 
 
-def play_policy(settings: DemoSettings, playing: PlayingSettings, seed: int, folder: Path, record: list[int]) -> list[Rollout]:
+def play_policy(
+    settings: DemoSettings, playing: PlayingSettings, seed: int, folder: Path, record: list[int]
+) -> list[Rollout]:
     """Closed loop of a finetuned folder."""
     options = {"do_sample": True, "temperature": playing.temperature, "top_k": 0} if playing.temperature else {}
     torch.manual_seed(seed)

@@ -218,7 +218,7 @@ class LapaModel(LapaPreTrainedModel):
                 f"in each of {expected[0]} rows, but the images give {expected[1]} codes for {len(vision_codes)} rows."
             )
         limit = self.config.vision_vocab_size
-        if vision_codes.numel() and not (0 <= vision_codes.min() and vision_codes.max() < limit):
+        if vision_codes.numel() and not (vision_codes.min() >= 0 and vision_codes.max() < limit):
             raise ValueError(
                 f"`vision_codes` must lie in [0, {limit - 1}], got values from {vision_codes.min().item()} to "
                 f"{vision_codes.max().item()}."
@@ -435,7 +435,7 @@ class LapaForTokenPrediction(LapaPreTrainedModel, GenerationMixin):
         if not options["do_sample"]:
             # Silences warnings about sampling settings that a saved generation config may carry.
             options |= {"temperature": None, "top_p": None, "top_k": None}
-        output = self.generate(
+        output: Any = self.generate(
             **options,
             logits_processor=processors,
             max_new_tokens=num_tokens,

@@ -511,7 +511,7 @@ class LapaQuantizerDecoder(LapaQuantizerPreTrainedModel):
         if not torch.is_tensor(codes) or codes.is_floating_point() or tuple(codes.shape) != expected:
             got = f"{codes.dtype} of shape {tuple(codes.shape)}" if torch.is_tensor(codes) else type(codes).__name__
             raise ValueError(f"`codes` must be an integer tensor of shape {expected}, got {got}.")
-        if codes.numel() and not (0 <= codes.min() and codes.max() < self.config.codebook_size):
+        if codes.numel() and not (codes.min() >= 0 and codes.max() < self.config.codebook_size):
             raise ValueError(
                 f"`codes` must lie in [0, {self.config.codebook_size - 1}] (`codebook_size` "
                 f"{self.config.codebook_size}), got values from {codes.min().item()} to {codes.max().item()}."

@@ -52,7 +52,7 @@ def test_imports_follow_the_table(path):
         assert module.split(".")[0] not in ALLOWED, f"{path}: {module} is a second copy of lapa.{module}"
         assert not module.startswith("torchvision")
         if module == "lapa" or module.startswith("lapa."):
-            target = (module.split(".") + [""])[1]
+            target = module.partition(".")[2].partition(".")[0]
             assert target == folder or target in ALLOWED[folder], f"{path} must not import {module}"
 
 
