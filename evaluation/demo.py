@@ -130,7 +130,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
     import numpy as np
 
     from lapa.evaluation import demo_stages as stages
-    from lapa.evaluation.demo_tokenizer import build_tokenizer
+    from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
     from lapa.evaluation.rollout import ExpertController, do_nothing
     from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
     from lapa.processing.image_processing_lapa import LapaImageProcessor
@@ -168,7 +168,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
     results["labelled"] = progress.stage("label", label)
 
     def processor() -> LapaProcessor:
-        tokenizer = build_tokenizer(output / "tokenizer.model")
+        tokenizer = build_tokenizer(output / "tokenizer.model", simulator_phrases())
         config = stages.policy_config(settings, len(tokenizer))
         return LapaProcessor.from_config(config, LapaImageProcessor(size=settings.image_size), tokenizer)
 

@@ -162,19 +162,19 @@ def quantizer_config(settings: DemoSettings) -> LapaQuantizerConfig:
     )
 
 
-def _schedule(settings_steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
+def schedule(steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
     """Training arguments that all stages share."""
     return {
         "output_dir": str(output),
-        "max_steps": settings_steps,
+        "max_steps": steps,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
-        "warmup_steps": min(50, settings_steps // 10),
+        "warmup_steps": min(50, steps // 10),
         "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
-        "logging_steps": max(1, settings_steps // 60),
-        "save_steps": max(1, settings_steps // CHECKPOINTS_PER_TRAINING),
+        "logging_steps": max(1, steps // 60),
+        "save_steps": max(1, steps // CHECKPOINTS_PER_TRAINING),
         "save_total_limit": 1,
         "seed": seed,
         "use_cpu": True,
@@ -183,7 +183,7 @@ def _schedule(settings_steps: int, learning_rate: float, seed: int, output: Path
     }
 
 
-def _run(trainer: Any, output: Path) -> list[dict[str, float]]:
+def run_training(trainer: Any, output: Path) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one, save the model, and return the log."""
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -195,12 +195,12 @@ def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output:
     """Stage 1."""
     torch.manual_seed(seed)
     arguments = LapaQuantizerTrainingArguments(
-        **_schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output),
+        **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output),
         per_device_train_batch_size=settings.quantizer_batch_size,
         num_sample_reconstructions=0,
     )
     dataset = FramePairDataset(video.episodes(), settings.frame_gap)
-    return _run(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
+    return run_training(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
 
 
 def load_vision_tokenizer() -> LapaVisionTokenizer:
@@ -210,10 +210,10 @@ def load_vision_tokenizer() -> LapaVisionTokenizer:
 
 
 @torch.no_grad()
-def encode_frames(frames: np.ndarray, description: str = "image tokens") -> np.ndarray:
+def encode_frames(frames: np.ndarray, tokenizer: LapaVisionTokenizer) -> np.ndarray:
     """Vision codes (num_frames, num_image_tokens) int64 of (num_frames, height, width, 3) uint8."""
-    tokenizer, codes = load_vision_tokenizer(), []
-    for start in tqdm(range(0, len(frames), ENCODE_BATCH), desc=description, unit="batch"):
+    codes = []
+    for start in tqdm(range(0, len(frames), ENCODE_BATCH), desc="image tokens", unit="batch"):
         pixels = torch.from_numpy(frames[start : start + ENCODE_BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
         codes.append(tokenizer.encode(pixels).codes.flatten(1))
     return torch.cat(codes).numpy()
@@ -274,15 +274,18 @@ def pretrain(
     """Stage 2: predict the quantizer's codes (num_pairs, num_latent_tokens) from image and instruction."""
     episode, frame = video.steps(settings.frame_gap)
     dataset = EncodedStepDataset(
-        processor, video.instructions[episode], encode_frames(video.frames)[frame], latent_action_codes=codes
+        processor,
+        video.instructions[episode],
+        encode_frames(video.frames, load_vision_tokenizer())[frame],
+        latent_action_codes=codes,
     )
     model = fresh_policy(LapaForLatentAction, settings, seed, len(processor.tokenizer))
     arguments = LapaLatentPretrainingArguments(
-        **_schedule(settings.pretraining_steps, settings.pretraining_learning_rate, seed, output),
+        **schedule(settings.pretraining_steps, settings.pretraining_learning_rate, seed, output),
         per_device_train_batch_size=settings.pretraining_batch_size,
         weight_decay=0.01,
     )
-    return _run(LapaLatentPretrainingTrainer(model, arguments, dataset, processor=processor), output)
+    return run_training(LapaLatentPretrainingTrainer(model, arguments, dataset, processor=processor), output)
 
 
 def finetune(
@@ -300,7 +303,7 @@ def finetune(
     dataset = EncodedStepDataset(
         processor,
         labelled.instructions[episode],
-        encode_frames(labelled.frames)[frame],
+        encode_frames(labelled.frames, load_vision_tokenizer())[frame],
         action_tokens=processor.encode_actions(labelled.actions[frame], UNNORM_KEY),
     )
     torch.manual_seed(seed + 1)
@@ -309,11 +312,11 @@ def finetune(
     else:
         model = fresh_policy(LapaForActionPrediction, settings, seed, len(processor.tokenizer))
     arguments = LapaActionFinetuningArguments(
-        **_schedule(settings.finetuning_steps, playing.learning_rate, seed, output),
+        **schedule(settings.finetuning_steps, playing.learning_rate, seed, output),
         per_device_train_batch_size=settings.finetuning_batch_size,
         weight_decay=0.01,
     )
-    return _run(LapaActionFinetuningTrainer(model, arguments, dataset, processor=processor), output)
+    return run_training(LapaActionFinetuningTrainer(model, arguments, dataset, processor=processor), output)
 
 
 def play_policy(

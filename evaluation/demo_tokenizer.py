@@ -1,8 +1,8 @@
-"""The demo's text tokenizer: the simulator's phrases are single pieces, so that a tiny trunk reads short prompts."""
+"""The demo's text tokenizers: recurring phrases are single pieces, so that a tiny trunk reads short prompts."""
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from lapa.evaluation.environments.tabletop_tasks import COLOURS, FAMILIES, SHAPES
@@ -16,31 +16,40 @@ SPACE = "▁"  # sentencepiece's own sign for a space
 BASE_PIECES = 400
 
 
-def _phrases() -> Iterator[str]:
+def prompt_phrases() -> list[str]:
+    """What stands before and after the instruction in every prompt."""
     before, after = PROMPT.replace("<s>", "").replace("<vision>", "").split("{instruction}")
-    yield from (before.strip(), after.strip())
-    for colour in COLOURS:
-        yield from (f"{colour} {shape}" for shape in SHAPES)
+    return [before.strip(), after.strip()]
+
+
+def simulator_phrases() -> list[str]:
+    """What the simulator's instructions are made of: objects, places and directions, and the words between them."""
+    phrases = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     for family in FAMILIES.values():
-        yield from (argument for argument in family.arguments if argument)
+        phrases += [argument for argument in family.arguments if argument]
         for template in family.templates:
-            yield from (part.strip() for part in re.split(r"\{\w+\}", template) if part.strip())
+            phrases += [part.strip() for part in re.split(r"\{\w+\}", template) if part.strip()]
+    return phrases
 
 
-def phrase_pieces() -> list[str]:
-    """Every phrase as a piece, with the space before it, longest first."""
-    phrases = set(_phrases())
-    pieces = {SPACE + phrase.replace(" ", SPACE) for phrase in phrases} | {p.replace(" ", SPACE) for p in phrases}
-    markers = {SPACE + marker for marker in MARKERS} | set(MARKERS)
-    return sorted(pieces | markers, key=lambda piece: (-len(piece), piece))
+def phrase_pieces(phrases: Sequence[str]) -> list[str]:
+    """Every phrase and marker as a piece, with and without the space before it, longest first."""
+    pieces = {phrase.replace(" ", SPACE) for phrase in (*phrases, *MARKERS)}
+    return sorted(pieces | {SPACE + piece for piece in pieces}, key=lambda piece: (-len(piece), piece))
 
 
-def build_tokenizer(path: Path) -> LapaTokenizer:
-    """Train the tokenizer, write its sentencepiece model to `path`, and load it."""
+def build_tokenizer(path: Path, phrases: Sequence[str], corpus: Sequence[str] = ()) -> LapaTokenizer:
+    """Train a tokenizer, write its sentencepiece model to `path`, and load it.
+
+    Args:
+        path: File to write.
+        phrases: Become single pieces.
+        corpus: Sentences whose frequent parts become pieces; bytes stand for what occurs in neither.
+    """
     import sentencepiece
 
-    pieces, model = phrase_pieces(), io.BytesIO()
-    sentences = [text.replace(SPACE, " ") for text in pieces] * 4
+    pieces, model = phrase_pieces([*prompt_phrases(), *phrases]), io.BytesIO()
+    sentences = [*(text.replace(SPACE, " ") for text in pieces), *corpus] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=model,

@@ -133,6 +133,11 @@ class LapaPreTrainedModel(PreTrainedModel):
         if std is not None and isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The trunk's dtype. The vision tokenizer stays in fp32 and, coming first, would otherwise be taken for it."""
+        return self.get_input_embeddings().weight.dtype
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`; the vision tokenizer is frozen."""

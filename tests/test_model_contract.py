@@ -70,6 +70,9 @@ def test_dtype_applies_to_every_parameter(kind, tmp_path):
     dtypes = {name.startswith("model.vision_tokenizer."): p.dtype for name, p in loaded.named_parameters()}
     assert dtypes[False] == torch.bfloat16
     assert dtypes.get(True, torch.float32) == torch.float32
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+    assert type(model).from_pretrained(tmp_path / "again", dtype="auto").dtype == torch.bfloat16
     difference = (outputs_of(loaded) - outputs_of(model)).abs()
     # A flipped code changes one row of the output by a lot; the median tells rounding from a wrong computation.
     assert difference.isfinite().all()
