@@ -23,7 +23,7 @@ class DemoSettings:
     image_size: int = 32
     num_blocks: int = 2
     families: tuple[str, ...] = ("reach", "separate", "relative_move")
-    thresholds: dict[str, float] = field(default_factory=lambda: {"separate": 0.15, "relative_move": 0.065})
+    thresholds: dict[str, float] = field(default_factory=lambda: {"separate": 0.14, "relative_move": 0.08})
 
     video_episodes: dict[str, int] = field(
         default_factory=lambda: {"reach": 5000, "separate": 700, "relative_move": 700}
@@ -48,7 +48,7 @@ class DemoSettings:
     pretraining_steps: int = 2500
     pretraining_batch_size: int = 64
     pretraining_learning_rate: float = 2e-3
-    finetuning_steps: int = 150
+    finetuning_steps: int = 300
     finetuning_batch_size: int = 64
     num_bins: int = 12
     lapa: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=0.5)

@@ -195,8 +195,11 @@ def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output:
     """Stage 1."""
     torch.manual_seed(seed)
     arguments = LapaQuantizerTrainingArguments(
-        **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output),
+        **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output)
+        # The pixels that change are so few that the loss starts at 0.006, and its gradient is as small.
+        | {"max_grad_norm": 0.006, "adam_epsilon": 1e-10},
         per_device_train_batch_size=settings.quantizer_batch_size,
+        codebook_update_interval=25,
         num_sample_reconstructions=0,
     )
     dataset = FramePairDataset(video.episodes(), settings.frame_gap)

@@ -352,7 +352,11 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # The published code keeps torch's own initialisation.
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        if self.config.residual_decoding and module is getattr(self, "to_pixels", None):
+            # The decoder starts at "nothing changes", the best guess before it knows any code.
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())

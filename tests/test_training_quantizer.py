@@ -23,7 +23,6 @@ from lapa.training.codebook import (
     dead_codes,
     published_update_due,
     reseed_codes,
-    spread_choice,
 )
 from lapa.training.quantizer_trainer import LapaQuantizerTrainer, reconstruction_grid
 
@@ -274,13 +273,16 @@ def test_grid_by_hand():
     assert reconstruction_grid(frames, torch.full((1, 3, 1, 1), 0.2))[0, :, 0].tolist() == [0, 255, 51]
 
 
-def test_spread_choice_takes_what_is_far():
-    generator = torch.Generator().manual_seed(0)
-    points = torch.tensor([[0.0], [0.0], [0.0], [10.0]])
-    assert sorted({points[i].item() for i in spread_choice(points, 2, generator)}) == [0.0, 10.0]
-    # With 10 taken, only zeros are left at a distance.
-    assert points[spread_choice(points, 1, generator, torch.tensor([[10.0]]))].tolist() == [[0.0]]
-    assert len(spread_choice(torch.zeros(2, 1), 5, generator)) == 5
+def test_reseeding_puts_dead_codes_on_distinct_embeddings():
+    codebook = torch.full((4, 1), 100.0)
+    dead = torch.tensor([True, False, True, True])
+    reseed_codes(codebook, dead, torch.tensor([[1.0], [2.0], [3.0]]), torch.Generator().manual_seed(0))
+    assert codebook[1].item() == 100.0
+    assert sorted(codebook[dead].flatten().round().tolist()) == [1.0, 2.0, 3.0]
+    # With fewer embeddings than dead codes they repeat, a little apart.
+    codebook_from_embeddings(codebook, torch.tensor([[1.0], [2.0]]), torch.Generator().manual_seed(0))
+    assert sorted(codebook.flatten().round().tolist()) == [1.0, 1.0, 2.0, 2.0]
+    assert len(codebook.unique()) == 4
 
 
 def test_reseed_by_hand():

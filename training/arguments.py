@@ -28,7 +28,7 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         > Parameters that control the codebook
 
         codebook_init_from_data (`bool`, *optional*, defaults to `True`):
-            Whether the codebook of a fresh model starts as spread-out embeddings of the first batch. A random codebook
+            Whether the codebook of a fresh model starts as random embeddings of the first batch. A random codebook
             far from the embeddings falls to one code at once. Models loaded from a checkpoint keep theirs.
         codebook_update (`str`, *optional*, defaults to `"reseed"`):
             What happens to codes that are not used: `"reseed"` puts them where current embeddings are, `"published"`

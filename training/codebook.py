@@ -87,39 +87,9 @@ def published_update_due(step: int) -> bool:
     return any(step < limit and step % interval == 0 for limit, interval in PUBLISHED_SCHEDULE)
 
 
-def spread_choice(
-    embeddings: torch.Tensor, num_choices: int, generator: torch.Generator, taken: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Picks embeddings far from each other and from entries that are taken (k-means++).
-
-    Args:
-        embeddings: (num_embeddings, dim) float.
-        num_choices: How many to pick; more than there are distinct ones repeat.
-        generator: CPU generator of the draws.
-        taken: (num_taken, dim) entries that stay.
-
-    Returns:
-        (num_choices,) int64 indices.
-    """
-    points = embeddings.double().cpu()
-    distances = torch.full((len(points),), float("inf"), dtype=torch.float64)
-    if taken is not None and len(taken):
-        distances = torch.cdist(points, taken.double().cpu()).square().min(1).values
-    choices = []
-    for _ in range(num_choices):
-        # With nothing taken yet, or nothing left that differs, every embedding is equally likely.
-        usable = torch.isfinite(distances).all() and bool(distances.sum() > 0)
-        weights = distances if usable else torch.ones_like(distances)
-        choice = torch.multinomial(weights, 1, generator=generator)
-        choices.append(choice)
-        distances = torch.minimum(distances, (points - points[choice]).square().sum(1))
-    return torch.cat(choices)
-
-
 @torch.no_grad()
 def codebook_from_embeddings(codebook: torch.Tensor, embeddings: torch.Tensor, generator: torch.Generator) -> None:
-    """Overwrites `codebook` (codebook_size, dim) by spread-out rows of `embeddings` (num_embeddings, dim), in place."""
+    """Overwrites `codebook` (codebook_size, dim) by random rows of `embeddings` (num_embeddings, dim), in place."""
     dead = torch.ones(len(codebook), dtype=torch.bool)
     reseed_codes(codebook, dead, embeddings, generator)
 
@@ -129,7 +99,10 @@ def reseed_codes(
     codebook: torch.Tensor, dead: torch.Tensor, embeddings: torch.Tensor, generator: torch.Generator
 ) -> None:
     """
-    Puts dead codes where embeddings are, far from the live codes, in place.
+    Puts dead codes on random embeddings, in place.
+
+    Random rows lie where the embeddings are dense. Spreading them out (k-means++) puts them on outliers, which a moving
+    encoder leaves at once: in the demo's quantizer that ended with one code in use, random rows with all.
 
     Args:
         codebook: (codebook_size, dim) float, edited in place.
@@ -139,7 +112,9 @@ def reseed_codes(
     """
     dead = dead.cpu()
     embeddings = embeddings.detach().float().cpu()
-    choices = spread_choice(embeddings, int(dead.sum()), generator, codebook[(~dead).to(codebook.device)])
+    # Without repeats as long as there are enough.
+    order = torch.randperm(len(embeddings), generator=generator)
+    choices = order.repeat(int(dead.sum()) // len(order) + 1)[: int(dead.sum())]
     spread = (embeddings - embeddings.mean(0)).square().mean().sqrt()
     noise = torch.randn(len(choices), embeddings.shape[1], generator=generator) * spread * JITTER
     codebook[dead.to(codebook.device)] = (embeddings[choices] + noise).to(codebook)
@@ -171,5 +146,4 @@ __all__ = [
     "dead_codes",
     "published_update_due",
     "reseed_codes",
-    "spread_choice",
 ]
