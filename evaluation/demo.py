@@ -26,7 +26,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lapa demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and training; 0 to 99")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of data, initialisation and training; 0 to 99 (0 is the seed of the search for settings)",
+    )
     parser.add_argument(
         "--cross-embodiment", action="store_true", help="take the action-free video from another embodiment"
     )

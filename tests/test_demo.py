@@ -1,0 +1,141 @@
+"""The demo: it runs from end to end, resumes, refuses to mix runs, and reports what it measured."""
+
+import json
+
+import numpy as np
+import pytest
+from shared_files import shared_path
+
+from lapa.cli import main
+from lapa.evaluation import demo
+from lapa.evaluation.demo_report import code_motion, verdict
+from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS, DemoSettings
+from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
+from lapa.evaluation.statistics import success_cell
+from lapa.processing.processing_lapa import PROMPT
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--quick", "--output", str(output)]) == 0
+    return output
+
+
+def test_report_has_the_promised_shape(finished):
+    report = json.loads((finished / "report.json").read_text())
+    settings = DemoSettings().quick()
+    assert set(report["methods"]) == {"lapa", "scratch", "expert", "do_nothing"}
+    for table in report["methods"].values():
+        assert set(table["families"]) == set(settings.families)
+        for cell in [table["pooled"], *table["families"].values()]:
+            assert set(cell) == {"successes", "rollouts", "success", "ci95"}
+            assert cell["ci95"][0] <= cell["success"] <= cell["ci95"][1]
+        assert table["pooled"]["rollouts"] == 2 * len(settings.families)
+    assert report["methods"]["expert"]["pooled"]["success"] == 1.0
+    assert report["methods"]["do_nothing"]["pooled"]["success"] == 0.0
+    assert {"seed", "minutes", "versions"} <= set(report)
+    html = (finished / "report.html").read_text()
+    assert "data:image/gif" in html
+    assert html.count("<svg") == 5
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    from lapa.evaluation import demo_stages
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a finished stage ran again")
+
+    for name in ("record", "train_quantizer", "pretrain", "finetune", "play"):
+        monkeypatch.setattr(demo_stages, name, fail)
+    before = (finished / "report.json").read_text()
+    assert main(["demo", "--quick", "--output", str(finished)]) == 0
+    assert json.loads((finished / "report.json").read_text()) == json.loads(before)
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(finished, tmp_path, monkeypatch):
+    from lapa.evaluation import demo_stages
+
+    output = tmp_path / "out"
+    original = demo_stages.pretrain
+    monkeypatch.setattr(demo_stages, "pretrain", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["demo", "--quick", "--output", str(output)]) == 130
+    assert not (output / "report.json").exists()
+    monkeypatch.setattr(demo_stages, "pretrain", original)
+    assert main(["demo", "--quick", "--output", str(output)]) == 0
+    resumed = json.loads((output / "report.json").read_text())
+    uninterrupted = json.loads((finished / "report.json").read_text())
+    assert resumed["methods"] == uninterrupted["methods"]
+    assert resumed["quantizer"] == uninterrupted["quantizer"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
+    assert main(["demo", "--quick", "--seed", "2", "--output", str(finished)]) == 2
+    assert "--restart" in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert main(["demo", "--quick", "--restart", "--output", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "do not touch"
+
+
+def test_real_data(tmp_path):
+    data = shared_path("data/bridge_rlds/1.0.0")
+    output = tmp_path / "bridge"
+    assert main(["demo", "--quick", "--data", str(data), "--output", str(output)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["train_episodes"] + report["held_out_episodes"] <= 25
+    assert report["frame_gap"] == 3
+    for method in ("lapa", "scratch", "mean_action"):
+        metrics = report["methods"][method]
+        assert 0 <= metrics["token_accuracy"] <= 1
+        assert metrics["action_error"] > 0
+        assert len(metrics["action_error_per_dimension"]) == 7
+    assert "<svg" in (output / "report.html").read_text()
+
+
+def test_recordings_and_evaluation_never_share_a_seed():
+    settings = DemoSettings()
+    longest = max(sum(settings.video_episodes.values()), settings.rollouts_per_family)
+    assert longest < SEED_STRIDE
+    assert VIDEO_SEEDS + 100 * SEED_STRIDE <= LABELLED_SEEDS
+    assert LABELLED_SEEDS + 100 * SEED_STRIDE <= EVALUATION_SEEDS
+
+
+def test_simulator_prompts_are_short(tmp_path):
+    tokenizer = build_tokenizer(tmp_path / "tokenizer.model", simulator_phrases())
+    prompt = PROMPT.format(instruction="push the red cube slightly up and to the left")
+    assert len(tokenizer.encode(prompt, add_special_tokens=False)) < 12
+    assert tokenizer.unk_token_id not in tokenizer.encode("schließe die Schublade", add_special_tokens=False)[1:]
+
+
+def test_code_motion_knows_telling_codes_from_silent_ones():
+    generator = np.random.default_rng(0)
+    motion = generator.normal(size=(2000, 2))
+    telling = (motion[:, :1] > 0).astype(int)
+    assert 0.25 < code_motion(telling, motion, 2) < 0.4
+    assert abs(code_motion(generator.integers(2, size=(2000, 1)), motion, 2)) < 0.05
+
+
+def test_the_verdict_says_what_the_table_says():
+    def methods(lapa, scratch):
+        cells = {
+            "lapa": [True] * lapa + [False] * (300 - lapa),
+            "scratch": [True] * scratch + [False] * (300 - scratch),
+        }
+        return {name: {"pooled": success_cell(outcomes)} for name, outcomes in cells.items()}
+
+    assert "above Scratch, and the 95% intervals do not overlap" in verdict(methods(150, 50))
+    assert "not above Scratch, and the 95% intervals overlap" in verdict(methods(50, 55))
+
+
+def test_progress_survives_a_crash_between_stages(tmp_path):
+    progress = demo.Progress(tmp_path / "out", {"seed": 0}, restart=False)
+    assert progress.stage("one", lambda: {"value": 1}) == {"value": 1}
+    again = demo.Progress(tmp_path / "out", {"seed": 0}, restart=False)
+    assert again.stage("one", lambda: pytest.fail("ran again")) == {"value": 1}
+    with pytest.raises(ValueError, match="other settings"):
+        demo.Progress(tmp_path / "out", {"seed": 1}, restart=False)
