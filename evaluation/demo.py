@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     if not 0 <= args.seed < 100:
         raise ValueError(f"--seed must lie in [0, 99], got {args.seed}.")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading and writing weights; the stages show their own
     if args.data is not None:
         from lapa.evaluation.demo_rlds import run_rlds_demo
 
@@ -181,7 +184,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
         "pretrain",
         lambda: stages.pretrain(settings, seed, video, np.load(codes_file), processor(), paths["pretrained"]),
     )
-    recorded = [family * settings.rollouts_per_family for family in range(len(settings.families))]
+    recorded = stages.shown_episodes(settings)
     results["rollouts"] = {}
     for name, playing, pretrained in (
         ("lapa", settings.lapa, paths["pretrained"]),

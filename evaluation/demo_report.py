@@ -10,7 +10,7 @@ import torch
 
 from lapa.evaluation import report as page
 from lapa.evaluation.demo_settings import DemoSettings
-from lapa.evaluation.demo_stages import Recording
+from lapa.evaluation.demo_stages import Recording, shown_episodes
 from lapa.evaluation.statistics import intervals_overlap, success_table
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.training.metrics import code_usage, perplexity
@@ -113,10 +113,10 @@ def verdict(methods: dict[str, Any]) -> str:
 
 
 def comparison_rows(results: dict[str, Any], settings: DemoSettings, output: Path) -> list[dict[str, Any]]:
-    """The recorded rollouts: one row per family, one animation per method."""
+    """The recorded rollouts: one row per episode, one animation per method."""
     frames = {name: np.load(output / f"frames_{name}.npz") for name in results["rollouts"]}
     rows = []
-    for index in range(0, len(settings.families) * settings.rollouts_per_family, settings.rollouts_per_family):
+    for index in shown_episodes(settings):
         cells = [
             {
                 "method": name,

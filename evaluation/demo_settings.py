@@ -51,8 +51,8 @@ class DemoSettings:
     finetuning_steps: int = 300
     finetuning_batch_size: int = 64
     num_bins: int = 12
-    lapa: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=0.5)
-    scratch: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=0.5)
+    lapa: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=1.0)
+    scratch: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=1.0)
 
     rollouts_per_family: int = 100
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lapa.configuration.configuration_lapa import LapaConfig
@@ -44,6 +45,7 @@ UNNORM_KEY = "tabletop"
 ENCODE_BATCH = 256
 # Checkpoints per training, so that an interrupted one loses little.
 CHECKPOINTS_PER_TRAINING = 5
+EPISODES_SHOWN_PER_FAMILY = 2
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,19 @@ def schedule(steps: int, learning_rate: float, seed: int, output: Path) -> dict[
     }
 
 
+class OneLineProgress(ProgressCallback):
+    """A progress bar that shows the latest numbers instead of printing every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Puts the loss beside the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}", refresh=False)
+
+
 def run_training(trainer: Any, output: Path) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one, save the model, and return the log."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(OneLineProgress)
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -339,6 +352,13 @@ def evaluation_episodes(settings: DemoSettings) -> list[tuple[str, int]]:
         for family in settings.families
         for index in range(settings.rollouts_per_family)
     ]
+
+
+def shown_episodes(settings: DemoSettings) -> list[int]:
+    """Which evaluation episodes the report shows: the first of each family, however they end."""
+    shown = min(EPISODES_SHOWN_PER_FAMILY, settings.rollouts_per_family)
+    families = range(len(settings.families))
+    return [family * settings.rollouts_per_family + index for family in families for index in range(shown)]
 
 
 def play(settings: DemoSettings, controller: Controller, name: str, record: Sequence[int]) -> list[Rollout]:

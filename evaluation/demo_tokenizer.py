@@ -9,8 +9,9 @@ from lapa.evaluation.environments.tabletop_tasks import COLOURS, FAMILIES, SHAPE
 from lapa.processing.processing_lapa import PROMPT
 from lapa.processing.tokenization_lapa import LapaTokenizer
 
-# What stands around the instruction and the codes in prompts and training examples.
-MARKERS = ("<vision>", "</vision>", "<delta>", "</delta>", "<action>", "</action>")
+# What stands around the codes in prompts and training examples. The closing bracket is a piece of its own, as in the
+# published tokenizer: prompts for latent actions and for actions then end in the same, well-trained token.
+MARKERS = ("<vision", "</vision", "<delta", "</delta", "<action", "</action")
 SPACE = "▁"  # sentencepiece's own sign for a space
 # Letters, digits and byte pieces for any other text.
 BASE_PIECES = 400
