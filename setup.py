@@ -36,6 +36,8 @@ CORE = [
     "tensorboard",
 ]
 EXTRAS = {
+    # Conversion needs nothing beyond the core; the name exists so that `lapa[convert]` keeps meaning it.
+    "convert": [],
     "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.8"],
     "quantize": ["bitsandbytes>=0.48"],
 }
@@ -62,7 +64,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=["lapa", *(f"lapa.{name}" for name in SUBPACKAGES)],
     package_dir={"lapa": "lapa", **{f"lapa.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
     package_data={

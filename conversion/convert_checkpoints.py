@@ -259,7 +259,9 @@ def _policy_config(
         )
     if vision_config is not None:
         sizes["vision_tokenizer_config"] = vision_config.to_dict()
-    return build_config(LapaConfig, {"rope_in_model_dtype": True, **sizes, "text_config": text_sizes})
+    # The released weights were trained and run with these two roundings.
+    published = {"rope_in_model_dtype": True, "residual_in_fp32": True}
+    return build_config(LapaConfig, {**published, **sizes, "text_config": text_sizes})
 
 
 def _load_vision_tokenizer(

@@ -8,6 +8,7 @@ Writes `report.html` and `report.json`. An interrupted run goes on where it stop
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -109,13 +110,8 @@ class Progress:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    import torch
-    import transformers
-
-    import lapa.evaluation
-
-    del lapa
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    packages = ("lapa", "torch", "transformers", "numpy", "gymnasium", "pymunk")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def run_tabletop_demo(args: argparse.Namespace) -> int:

@@ -189,4 +189,23 @@ def write_tabletop_report(
     )
     write_text(output / "report.html", html)
     write_text(output / "report.json", json.dumps(report, indent=1))
+    for name in ("lapa", "scratch"):
+        write_text(output / name / "lapa_results.json", json.dumps(card_results(methods[name]), indent=1))
     return report
+
+
+def card_results(table: dict[str, Any]) -> dict[str, Any]:
+    """A method's row in the form that `lapa export` renders into the model card."""
+    cells = {**table["families"], "all": table["pooled"]}
+    return {
+        "results": [
+            {
+                "dataset": f"tabletop, {family}",
+                "metric": "success",
+                "value": cell["success"],
+                "ci95": cell["ci95"],
+                "episodes": cell["rollouts"],
+            }
+            for family, cell in cells.items()
+        ]
+    }

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -100,14 +99,12 @@ class StepTable:
 def load_steps(path: Path, camera: str | None, frequency: float, image_size: int) -> tuple[str, list[Any]]:
     """Name of the data set and, per usable episode, its frames, instruction and actions."""
     source = load_rlds(str(path), camera=camera, frequency=frequency)
-    episodes = []
+    # The policy's own processor, so that training sees what serving will.
+    resizer, episodes = LapaImageProcessor(size=image_size), []
     for episode in source.episodes:
         if episode.action is None or episode.instruction is None:
             continue
-        frames = [
-            np.asarray(Image.fromarray(episode.frame(source.camera, step)).resize((image_size, image_size)))
-            for step in range(episode.num_steps)
-        ]
+        frames = [resizer.resize_image(episode.frame(source.camera, step)) for step in range(episode.num_steps)]
         episodes.append((np.stack(frames), episode.instruction, episode.action))
     if len(episodes) < 5:
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lapa.configuration.configuration_lapa_quantizer import PUBLISHED_CNN_BOTTLENECKS, LapaQuantizerConfig
-from lapa.modeling_lapa.linear_lapa import LapaLinear
+from lapa.modeling_lapa.linear_lapa import linear
 from lapa.modeling_lapa.vector_quantization_lapa import (
     VECTOR_QUANTIZERS,
     CodebookQuantizer,
@@ -104,7 +104,7 @@ class LapaQuantizerPatchEmbedding(nn.Module):
         self.patch_height, self.patch_width = config.patch_height_width
         patch_dim = config.num_channels * self.patch_height * self.patch_width
         self.norm_in = nn.LayerNorm(patch_dim)
-        self.projection = LapaLinear(patch_dim, config.hidden_size)
+        self.projection = nn.Linear(patch_dim, config.hidden_size)
         self.norm_out = nn.LayerNorm(config.hidden_size)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class LapaQuantizerPatchEmbedding(nn.Module):
         patches = frames.reshape(batch, channels, grid[0], self.patch_height, grid[1], self.patch_width)
         # b c h p1 w p2 -> b (h w) (c p1 p2)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], -1)
-        return self.norm_out(self.projection(self.norm_in(_in_dtype_of(self.norm_in, patches))))
+        return self.norm_out(linear(self.projection, self.norm_in(_in_dtype_of(self.norm_in, patches))))
 
 
 class LapaQuantizerPositionBias(nn.Module):
@@ -174,9 +174,9 @@ class LapaQuantizerAttention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         # In self attention the published code normalises queries only; this norm exists in its weights all the same.
         self.context_norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.q_proj = LapaLinear(config.hidden_size, inner_dim, bias=False)
-        self.kv_proj = LapaLinear(config.hidden_size, 2 * inner_dim, bias=False)
-        self.out_proj = LapaLinear(inner_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, inner_dim, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * inner_dim, bias=False)
+        self.out_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
         self.q_scale = nn.Parameter(torch.ones(self.head_dim))
         self.k_scale = nn.Parameter(torch.ones(self.head_dim))
         # Keys at even, values at odd positions.
@@ -202,8 +202,8 @@ class LapaQuantizerAttention(nn.Module):
             position_bias: (1, heads, length, length) added to the scores.
         """
         key_value_input = hidden_states if context is None else self.context_norm(context)
-        query = self._heads(self.q_proj(self.norm(hidden_states)))
-        key, value = (self._heads(states) for states in self.kv_proj(key_value_input).chunk(2, dim=-1))
+        query = self._heads(linear(self.q_proj, self.norm(hidden_states)))
+        key, value = (self._heads(states) for states in linear(self.kv_proj, key_value_input).chunk(2, dim=-1))
         if self.null_key_values is not None:
             null = self.null_key_values.expand(len(hidden_states), -1, -1, -1)
             key = torch.cat((null[:, :, 0::2], key), dim=2)
@@ -218,7 +218,7 @@ class LapaQuantizerAttention(nn.Module):
         output, _ = attention(
             self, query, key, value, position_bias, scaling=COSINE_ATTENTION_SCALE, dropout=0.0, is_causal=False
         )
-        return self.out_proj(output.flatten(-2))
+        return linear(self.out_proj, output.flatten(-2))
 
 
 class LapaQuantizerFeedForward(nn.Module):
@@ -228,13 +228,13 @@ class LapaQuantizerFeedForward(nn.Module):
         super().__init__()
         inner_dim = feed_forward_width(config)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.up_proj = LapaLinear(config.hidden_size, 2 * inner_dim, bias=False)
-        self.down_proj = LapaLinear(inner_dim, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * inner_dim, bias=False)
+        self.down_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.up_proj(_in_dtype_of(self.up_proj, self.norm(hidden_states))).chunk(2, dim=-1)
+        value, gate = linear(self.up_proj, _in_dtype_of(self.up_proj, self.norm(hidden_states))).chunk(2, dim=-1)
         inner = value * F.gelu(gate)
-        return self.down_proj(_in_dtype_of(self.down_proj, inner)).to(hidden_states.dtype)
+        return linear(self.down_proj, _in_dtype_of(self.down_proj, inner)).to(hidden_states.dtype)
 
 
 class LapaQuantizerLayer(GradientCheckpointingLayer):
@@ -395,7 +395,7 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
         self.decoder = LapaQuantizerTransformer(
             config, config.num_spatial_layers, cross_attention=config.action_injection == "cross_attention"
         )
-        self.to_pixels = LapaLinear(config.hidden_size, patch_dim)
+        self.to_pixels = nn.Linear(config.hidden_size, patch_dim)
 
     def _check_frames(self, frames: torch.Tensor, leading: tuple[str, ...], name: str) -> None:
         size = (self.config.num_channels, *self.config.image_height_width)
@@ -443,7 +443,7 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
             first_tokens = first_tokens + actions.mean(1, keepdim=True)
         tokens = self.decoder(first_tokens, (len(quantized), 1, *config.grid), position_bias, actions)
         (grid_h, grid_w), (patch_h, patch_w) = config.grid, config.patch_height_width
-        patches = self.to_pixels(_in_dtype_of(self.to_pixels, tokens)).reshape(
+        patches = linear(self.to_pixels, _in_dtype_of(self.to_pixels, tokens)).reshape(
             -1, grid_h, grid_w, config.num_channels, patch_h, patch_w
         )
         # b h w c p1 p2 -> b c (h p1) (w p2)

@@ -63,6 +63,8 @@ def assert_no_further_than(ours, recorded, reference):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bf16_over_a_long_sequence(implementation):
     model = load("delta", dtype=torch.bfloat16, attn_implementation=implementation)
+    assert model.config.rope_in_model_dtype
+    assert model.config.residual_in_fp32
     io = tensors("delta_llama/long_rope")
     valid = io["attention_mask"].bool()
     start, end = model.config.segment("latent")

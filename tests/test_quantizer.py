@@ -24,12 +24,13 @@ def test_query_bottleneck_makes_any_number_of_tokens(num_latent_tokens):
 @pytest.mark.parametrize("variant", QUANTIZER_VARIANTS)
 def test_codes_decode_to_what_the_forward_pass_shows(variant):
     model = build(**QUANTIZER_VARIANTS[variant])
+    torch.nn.init.normal_(model.to_pixels.weight)  # a residual decoder starts at "nothing changes"
     pairs = training_batch(model)["pixel_values"]
     with torch.no_grad():
         output = model(pairs)
         assert torch.equal(output.latent_action_codes, model.encode(pairs).latent_action_codes)
         again = model.decode(pairs[:, 0], output.latent_action_codes)
-        torch.testing.assert_close(again, output.reconstruction, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again, output.reconstruction, atol=1e-4, rtol=1e-4)
         other = model.decode(pairs[:, 0], (output.latent_action_codes + 1) % model.config.codebook_size)
     assert not torch.allclose(again, other)  # the decoder listens to the codes
 

@@ -116,7 +116,7 @@ class LapaPolicyTrainingArguments(TrainingArguments):
         > Parameters that control the batches
 
         max_length (`int`, *optional*):
-            Most ids of a training example (published: 384); a longer one is an error. None sets no limit.
+            Most ids of a training example (published: 384, which is 385 here); a longer one is an error. None sets no limit.
         pad_to_max_length (`bool`, *optional*, defaults to `False`):
             Whether every batch is `max_length` wide (published) instead of as wide as its longest example.
 
