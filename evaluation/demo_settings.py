@@ -35,7 +35,7 @@ class DemoSettings:
     codebook_size: int = 16
     num_latent_tokens: int = 1
     quantizer_hidden_size: int = 48
-    quantizer_steps: int = 1500
+    quantizer_steps: int = 2500
     quantizer_batch_size: int = 32
     quantizer_learning_rate: float = 3e-3
 
@@ -45,7 +45,7 @@ class DemoSettings:
     initializer_range: float = 0.08
     embedding_initializer_range: float = 0.5
     rope_theta: float = 100.0
-    pretraining_steps: int = 4500
+    pretraining_steps: int = 3500
     pretraining_batch_size: int = 64
     pretraining_learning_rate: float = 2e-3
     finetuning_steps: int = 300
