@@ -37,7 +37,7 @@ class LapaConfig(PreTrainedConfig):
 
     Args:
         text_config (`dict` or `LlamaConfig`, *optional*): The Llama trunk; its `vocab_size` counts text only. A dict
-            without `model_type` is merged into the released sizes.
+            that leaves sizes out is merged into the released ones.
         vision_tokenizer_config (`dict` or `LapaVisionTokenizerConfig`, *optional*): The frozen image tokenizer inside
             the model; without it the model takes image codes only.
         vision_vocab_size (`int`, defaults to 8448): Rows of the vision segment.
@@ -94,8 +94,13 @@ class LapaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # A saved config names its model type and is complete; a hand-written dict states what differs.
-        if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
+        # A saved config is complete; a hand-written dict states what differs from the released sizes.
+        if isinstance(self.text_config, dict) and not RELEASED_TEXT_CONFIG.keys() <= self.text_config.keys():
+            if "rope_theta" in self.text_config:
+                raise ValueError(
+                    "`text_config` takes the rotary base as `rope_parameters={'rope_type': 'default', 'rope_theta': "
+                    f"{self.text_config['rope_theta']}}}`, not as `rope_theta`."
+                )
             self.text_config = {**RELEASED_TEXT_CONFIG, **self.text_config}
         super().__post_init__(**kwargs)
         if self.end_of_vision_id is None:

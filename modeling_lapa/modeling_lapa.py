@@ -537,7 +537,15 @@ class LapaForActionPrediction(LapaForTokenPrediction):
             pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
         )
         if source.get("has_action_segment", False):
+            rows, asked = source["action_vocab_size"], kwargs.get("action_vocab_size")
+            if asked not in (None, rows):
+                raise ValueError(f"`action_vocab_size` is {rows} in this action checkpoint and cannot become {asked}.")
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # The weights are loaded as they are, without action rows, whatever a given config says of them.
+        kwargs.pop("has_action_segment", None)
+        if getattr(kwargs.get("config"), "has_action_segment", False):
+            kwargs["config"] = copy.deepcopy(kwargs["config"])
+            kwargs["config"].has_action_segment = False
         loaded = LapaForLatentAction.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Both classes hold the same modules; changing the class keeps quantisation, device map and hooks as they are.

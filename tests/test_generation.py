@@ -142,6 +142,17 @@ class TestActionRows:
         assert tokens.shape == (2, 3)
         assert tokens.max() < 5
 
+    def test_a_given_config_may_have_action_rows_already(self, latent, folder):
+        config = policy_config(has_action_segment=True, action_vocab_size=5)
+        policy = LapaForActionPrediction.from_pretrained(folder, config=config)
+        assert policy.lm_head.out_features == latent.config.vocab_size + 5
+        assert config.has_action_segment
+
+    def test_bins_of_an_action_checkpoint_are_fixed(self, folder, tmp_path):
+        LapaForActionPrediction.from_pretrained(folder).save_pretrained(tmp_path / "policy")
+        with pytest.raises(ValueError, match=r"`action_vocab_size` is 16 .* cannot become 5"):
+            LapaForActionPrediction.from_pretrained(tmp_path / "policy", action_vocab_size=5)
+
     def test_the_grown_model_round_trips(self, folder, tmp_path):
         policy = LapaForActionPrediction.from_pretrained(folder).eval()
         policy.save_pretrained(tmp_path / "policy")
@@ -189,6 +200,12 @@ class TestBadInput:
     def test_wrong_bins(self, policy):
         with pytest.raises(ValueError, match="action_num_bins"):
             policy.predict_action_tokens(**prompt(policy.config), action_num_bins=torch.tensor([[1, 2]]))
+
+    def test_rope_theta_has_its_place(self):
+        with pytest.raises(ValueError, match="rope_parameters"):
+            policy_config(text_config={"hidden_size": 32, "rope_theta": 1e4})
+        partial = policy_config(text_config={"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4})
+        assert partial.text_config.rope_parameters["rope_theta"] == 5e7
 
     def test_resizing_is_refused(self, policy):
         with pytest.raises(ValueError, match="new_num_tokens"):
