@@ -186,6 +186,12 @@ class TabletopEnvironment(gymnasium.Env[dict[str, Any], np.ndarray]):
         offset = self._shake.offset(self._steps / CONTROL_FREQUENCY)
         return self._renderers[size].render(self.blocks, physics.positions, physics.angles, physics.effector, offset)
 
+    def close(self) -> None:
+        """Lets go of the physics; a later `reset` starts anew."""
+        self._scene = None
+        if hasattr(self, "_physics"):
+            del self._physics
+
     def action_to_delta(self, action: np.ndarray | Sequence[float]) -> complex:
         """Normalised action in the embodiment's frame to a displacement in the board frame (metres, as x + y*1j)."""
         values = np.asarray(action, np.float64)
