@@ -136,7 +136,8 @@ class LapaPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The trunk's dtype. The vision tokenizer stays in fp32 and, coming first, would otherwise be taken for it."""
-        return self.get_input_embeddings().weight.dtype
+        embeddings: Any = self.get_input_embeddings()
+        return embeddings.weight.dtype
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
