@@ -52,7 +52,7 @@ class DemoSettings:
     finetuning_batch_size: int = 64
     num_bins: int = 12
     lapa: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=1.0)
-    scratch: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=1.0)
+    scratch: PlayingSettings = PlayingSettings(learning_rate=5e-4, temperature=0.5)
 
     rollouts_per_family: int = 100
 

@@ -245,7 +245,8 @@ def test_saved_policy_acts(tmp_path):
 
 
 def test_latent_rows_do_not_move_in_finetuning(tmp_path):
-    trainer = action_trainer(tmp_path, max_steps=3)
+    # Rows without a gradient are still subject to weight decay.
+    trainer = action_trainer(tmp_path, max_steps=3, weight_decay=0.1)
     start, end = trainer.model.config.segment("latent")
     rows = [
         trainer.model.model.embed_tokens.weight[start:end].clone(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -110,6 +111,17 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         if peft_config is not None:
             model = add_lora(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processor, callbacks, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in [`~transformers.Trainer`], without the tables while they hold retired latent rows.
+
+        Those rows get no gradient; decay alone would wear away the latent head that the checkpoint still carries.
+        """
+        names: list[str] = super().get_decay_parameter_names(model)
+        if self.policy.config.keep_latent_head:
+            return names
+        tables = [f"{table}.weight" for table in ("embed_tokens", "lm_head")]
+        return [name for name in names if not name.endswith(tuple(tables))]
 
     def evaluate_batch(self, hidden_states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Keeps the most likely bins of the batch, the true ones and the true actions."""
