@@ -23,6 +23,8 @@ RELEASED_TEXT_CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 SEGMENTS = ("text", "vision", "latent", "action")
+# Segments that a prompt may ask for.
+PROMPT_TARGETS = ("latent", "action")
 # The code of the published image token stream that ends an image; ids below 8192 are VQGAN codes.
 PUBLISHED_END_OF_VISION_ID = 8193
 
@@ -61,6 +63,9 @@ class LapaConfig(PreTrainedConfig):
             `text_config.initializer_range`.
         action_num_bins (`list[int]`, *optional*): Number of bins of each action dimension, so that decoding never
             picks a bin that a dimension lacks.
+        prompt_tails (`dict[str, list[int]]`, *optional*): Text ids that end the prompt for `"latent"` and for `"action"`
+            (`LapaProcessor.prompt_tails`), by which decoding refuses a prompt that asks for the other target. None
+            leaves prompts unchecked.
         quantizer_hash (`str`, *optional*): SHA-256 of the quantizer weights whose codes the model predicts.
         fresh_segments (`list[str]`, *optional*): Segments that were drawn at random because the converted checkpoint
             lacked them.
@@ -73,8 +78,8 @@ class LapaConfig(PreTrainedConfig):
         "vision_tokenizer_config": SubConfigSpec(config_class=LapaVisionTokenizerConfig, optional=True),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_tokenizer_config: dict | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_tokenizer_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_vocab_size: int = 8448
     latent_vocab_size: int = 8
     num_latent_tokens: int = 4
@@ -89,6 +94,7 @@ class LapaConfig(PreTrainedConfig):
     vision_position_embeddings: bool = False
     embedding_initializer_range: float | None = None
     action_num_bins: list[int] | tuple[int, ...] | None = None
+    prompt_tails: dict[str, list[int]] | None = None
     quantizer_hash: str | None = None
     fresh_segments: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
@@ -102,7 +108,7 @@ class LapaConfig(PreTrainedConfig):
                     f"{self.text_config['rope_theta']}}}`, not as `rope_theta`."
                 )
             self.text_config = {**RELEASED_TEXT_CONFIG, **self.text_config}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if self.end_of_vision_id is None:
             self.end_of_vision_id = min(PUBLISHED_END_OF_VISION_ID, self.vision_vocab_size - 1)
         if not self.architectures:
@@ -112,7 +118,7 @@ class LapaConfig(PreTrainedConfig):
     @property
     def text_vocab_size(self) -> int:
         """Rows of the text segment."""
-        return self.text_config.vocab_size  # type: ignore[union-attr]
+        return self.text_config.vocab_size  # type: ignore[union-attr, no-any-return]
 
     @property
     def vision_offset(self) -> int:
@@ -165,6 +171,7 @@ class LapaConfig(PreTrainedConfig):
                 f"inside `vision_vocab_size` ({self.vision_vocab_size})."
             )
         self._validate_vision_tokenizer()
+        self._validate_prompt_tails()
         if self.action_num_bins is not None and (
             len(self.action_num_bins) != self.action_dim
             or not all(1 <= bins <= self.action_vocab_size for bins in self.action_num_bins)
@@ -172,6 +179,15 @@ class LapaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`action_num_bins` must be {self.action_dim} numbers (`action_dim`) in "
                 f"[1, {self.action_vocab_size}] (`action_vocab_size`), got {self.action_num_bins}."
+            )
+
+    def _validate_prompt_tails(self) -> None:
+        tails = self.prompt_tails
+        if tails is not None and (
+            set(tails) != set(PROMPT_TARGETS) or not all(tail and min(tail) >= 0 for tail in tails.values())
+        ):
+            raise ValueError(
+                f"`prompt_tails` must map each of {', '.join(PROMPT_TARGETS)} to a list of one or more text ids, got {tails}."
             )
 
     def _validate_vision_tokenizer(self) -> None:

@@ -38,7 +38,8 @@ class LapaVisionTokenizerConfig(PreTrainedConfig):
     @property
     def downsampling_factor(self) -> int:
         """Pixels per code along one side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        factor: int = 2 ** (len(self.channel_multipliers) - 1)
+        return factor
 
     @property
     def grid_size(self) -> int:

@@ -21,9 +21,9 @@ examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser of `lapa convert` and its three sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = parser_class(
         prog="lapa convert",
         description="Converts the published checkpoints to folders that `from_pretrained` loads, and verifies them.",
         epilog=_EPILOG,
@@ -59,9 +59,12 @@ def _add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to", metavar="NAME", help="Hub repository to upload the result to")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> int:
     """Runs `lapa convert` and prints what was written and checked."""
-    args = make_parser().parse_args(arguments)
+    args = make_parser(parser_class).parse_args(arguments)
     import torch
 
     from lapa.conversion.convert_checkpoints import convert_quantizer, convert_vision_tokenizer

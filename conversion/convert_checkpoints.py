@@ -67,10 +67,17 @@ class ConversionReport:
         return "\n".join([checked, *self.notes])
 
 
-def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def _check_shapes(
+    found: Mapping[str, torch.Tensor | TensorSpec],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    source: str | Path,
+) -> None:
+    """Compares the names and shapes that a source gives with those of the model that it is to become."""
     with torch.device("meta"):
         model = model_class(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    compare_parameters({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, str(source))
 
 
 def _write_model(
@@ -173,8 +180,7 @@ def convert_quantizer(
     quantizer_config = build_config(LapaQuantizerConfig, sizes)
     _check_dropped(state_dict, names, path)
     tensors = {name: state_dict[key] for key, name in names.items() if name is not None}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    compare_parameters(found, _shapes(LapaQuantizer, quantizer_config), str(path))
+    _check_shapes(tensors, LapaQuantizer, quantizer_config, path)
     return _write_tensors(output, path, LapaQuantizer, quantizer_config, tensors, dtype, overwrite)
 
 
@@ -194,8 +200,7 @@ def _read_published_vision_tokenizer(
         for key, name in names.items()
         if name is not None
     }
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    compare_parameters(found, _shapes(LapaVisionTokenizer, vision_config), str(path))
+    _check_shapes(tensors, LapaVisionTokenizer, vision_config, path)
     return vision_config, tensors
 
 
@@ -207,8 +212,7 @@ def _read_converted_vision_tokenizer(folder: Path) -> tuple[LapaVisionTokenizerC
         tensors = load_file(folder / WEIGHTS_NAME)
     except SafetensorError as error:
         raise ValueError(f"{folder / 'model.safetensors'} is broken: {error}") from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    compare_parameters(found, _shapes(LapaVisionTokenizer, vision_config), str(folder))
+    _check_shapes(tensors, LapaVisionTokenizer, vision_config, folder)
     return vision_config, tensors
 
 
@@ -334,8 +338,7 @@ def convert_policy(
     reader = PolicyReader(stream, policy_config, vision_tensors, dtype)
     reader.check_segments()
     model_class = LapaForActionPrediction if policy_config.has_action_segment else LapaForLatentAction
-    found = {name: spec.shape for name, spec in reader.specs.items()}
-    compare_parameters(found, _shapes(model_class, policy_config), str(params))
+    _check_shapes(reader.specs, model_class, policy_config, params)
 
     policy_config.architectures = [model_class.__name__]
     policy_config.dtype = reader.specs["model.embed_tokens.weight"].dtype
@@ -345,6 +348,7 @@ def convert_policy(
         for segment in policy_config.fresh_segments or ()
     ]
     processor = None if tokenizer is None else _build_processor(Path(tokenizer), policy_config)
+    policy_config.prompt_tails = None if processor is None else processor.prompt_tails
 
     def add_files(folder: Path) -> None:
         if processor is not None:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
+from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
 from lapa.processing.processing_lapa import LapaProcessor
 
 
@@ -30,7 +31,9 @@ class LabelledStepDataset(Dataset[dict[str, Any]]):
         action_tokens: (num_steps, action_dim) bins, instead of `actions`.
         unnorm_key: Which bins; None is allowed where the processor has exactly one set.
         raw_instruction: Whether instructions are whole prompts, as in published data files.
-        augmentation: Called on each image before the image processor, with the image alone.
+        augmentation: Changes each image before the image processor sees it, whose center crop is then left out. What an
+            image gets depends on `seed`, the epoch (`start_epoch`) and its index only, so that a resumed run sees the same.
+        seed: Of the augmentation.
         cache: Whether encoded examples are kept. Worth it for small data sets that are read many times.
 
     Raises:
@@ -49,7 +52,8 @@ class LabelledStepDataset(Dataset[dict[str, Any]]):
         action_tokens: ArrayLike | None = None,
         unnorm_key: str | None = None,
         raw_instruction: bool = False,
-        augmentation: Any = None,
+        augmentation: LapaImageAugmentation | None = None,
+        seed: int = 0,
         cache: bool = False,
     ) -> None:
         if (images is None) == (vision_codes is None):
@@ -71,6 +75,7 @@ class LabelledStepDataset(Dataset[dict[str, Any]]):
         self.unnorm_key = unnorm_key
         self.raw_instruction = raw_instruction
         self.augmentation = augmentation
+        self.seed, self.epoch = seed, 0
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         for name in ("images", "vision_codes", "latent_action_codes", "actions", "action_tokens"):
             column = getattr(self, name)
@@ -97,15 +102,25 @@ class LabelledStepDataset(Dataset[dict[str, Any]]):
         )
         example: dict[str, Any] = {name: np.asarray(ids, dtype=np.int64) for name, ids in encoded.items()}
         if self.images is not None:
-            image = self.images[item]
-            if self.augmentation is not None:
-                image = self.augmentation(image)
-            example["pixel_values"] = np.asarray(self.processor.image_processor(image)["pixel_values"][0])
+            example["pixel_values"] = self._pixel_values(item)
         if self.actions is not None:
             example["action"] = self.actions[item]
         if self._cache is not None:
             self._cache[item] = example
         return example
+
+    # Not `set_epoch`: accelerate calls that by itself, and after a resume with the wrong epoch.
+    def start_epoch(self, epoch: int) -> None:
+        """Draws other augmentations from now on; the trainers call it."""
+        self.epoch = epoch
+
+    def _pixel_values(self, item: int) -> NDArray[np.float32]:
+        assert self.images is not None
+        image, options = self.images[item], {}
+        if self.augmentation is not None:
+            image = self.augmentation(image, np.random.default_rng((self.seed, self.epoch, item)))
+            options = {"do_center_crop": False}
+        return np.asarray(self.processor.image_processor(image, **options)["pixel_values"][0])
 
 
 __all__ = ["LabelledStepDataset"]

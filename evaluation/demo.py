@@ -21,11 +21,9 @@ from typing import Any
 PROGRESS_FILE = "progress.json"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Arguments of `lapa demo`."""
-    parser = argparse.ArgumentParser(
-        prog="lapa demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_class(prog="lapa demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder to write")
     parser.add_argument(
         "--seed",
@@ -44,9 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> int:
     """Run the demo with command-line arguments."""
-    args = make_parser().parse_args(arguments)
+    args = make_parser(parser_class).parse_args(arguments)
     if not 0 <= args.seed < 100:
         raise ValueError(f"--seed must lie in [0, 99], got {args.seed}.")
     from transformers.utils import logging

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,14 @@ from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation import report as page
 from lapa.evaluation.demo import Progress, versions
 from lapa.evaluation.demo_report import LABELS, write_text
-from lapa.evaluation.demo_stages import encode_frames, run_training, schedule, start_vision_embeddings_from_codebook
+from lapa.evaluation.demo_stages import (
+    FrameTable,
+    encode_frames,
+    fresh_policy,
+    run_training,
+    schedule,
+    small_policy_config,
+)
 from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
@@ -61,6 +68,11 @@ class RldsSettings:
     num_bins: int = 32
     hidden_size: int = 96
     num_layers: int = 3
+    # About a million parameters. These have not been varied and are no part of what identifies a run.
+    num_heads: ClassVar[int] = 3
+    initializer_range: ClassVar[float] = 0.08
+    embedding_initializer_range: ClassVar[float] = 0.5
+    rope_theta: ClassVar[float] = 100.0
 
     def quick(self) -> "RldsSettings":
         """A few seconds of everything."""
@@ -69,31 +81,17 @@ class RldsSettings:
 
 
 @dataclass(frozen=True)
-class StepTable:
-    """Steps of some episodes with an instruction, laid end to end.
+class StepTable(FrameTable):
+    """Steps of episodes with an instruction, one frame each.
 
     Args:
-        frames: (num_steps, image_size, image_size, 3) uint8.
-        lengths: (num_episodes,) steps per episode.
+        frames, lengths: As in [`FrameTable`].
         instructions: (num_steps,) sentences.
         actions: (num_steps, action_dim) float32 in the data's units.
     """
 
-    frames: np.ndarray
-    lengths: np.ndarray
     instructions: np.ndarray
     actions: np.ndarray
-
-    def episodes(self) -> list[np.ndarray]:
-        """Frames of each episode."""
-        return np.split(self.frames, np.cumsum(self.lengths)[:-1])
-
-    def paired_steps(self, frame_gap: int) -> np.ndarray:
-        """Indices of the steps that have a frame `frame_gap` later in their episode, in `FramePairDataset`'s order."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        return np.concatenate(
-            [np.arange(start, start + max(length - frame_gap, 0)) for start, length in zip(starts, self.lengths)]
-        )
 
 
 def load_steps(path: Path, camera: str | None, frequency: float, image_size: int) -> tuple[str, list[Any]]:
@@ -189,30 +187,6 @@ def quantizer_config(settings: RldsSettings) -> LapaQuantizerConfig:
     )
 
 
-def policy_config(settings: RldsSettings, text_vocab_size: int, action_dim: int, tokenizer: Path) -> LapaConfig:
-    """A Llama of about a million parameters."""
-    vision = LapaVisionTokenizerConfig.from_pretrained(tokenizer)
-    return LapaConfig(
-        text_config={
-            "vocab_size": text_vocab_size,
-            "hidden_size": settings.hidden_size,
-            "intermediate_size": 3 * settings.hidden_size,
-            "num_hidden_layers": settings.num_layers,
-            "num_attention_heads": 3,
-            "initializer_range": 0.08,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        },
-        vision_tokenizer_config=vision.to_dict(),
-        vision_vocab_size=vision.codebook_size + 2,
-        latent_vocab_size=settings.codebook_size,
-        num_latent_tokens=settings.num_latent_tokens,
-        action_vocab_size=settings.num_bins,
-        action_dim=action_dim,
-        embedding_initializer_range=0.5,
-        vision_position_embeddings=True,
-    )
-
-
 class RldsDemo:
     """The stages over one folder; every method leaves its result in `output`."""
 
@@ -225,13 +199,16 @@ class RldsDemo:
             name: output / name for name in ("vision_tokenizer", "quantizer", "pretrained", "lapa", "scratch")
         }
 
+    def policy_config(self, text_vocab_size: int) -> LapaConfig:
+        """A Llama of about a million parameters."""
+        vision = LapaVisionTokenizerConfig.from_pretrained(self.paths["vision_tokenizer"])
+        return small_policy_config(self.settings, vision, text_vocab_size, self.train.actions.shape[1])
+
     def processor(self) -> LapaProcessor:
         """Processor with a tokenizer made from the training instructions and bins from the training actions."""
         sentences = sorted(set(self.train.instructions.tolist()))
         tokenizer = build_tokenizer(self.output / "tokenizer.model", [], sentences)
-        config = policy_config(
-            self.settings, len(tokenizer), self.train.actions.shape[1], self.paths["vision_tokenizer"]
-        )
+        config = self.policy_config(len(tokenizer))
         processor = LapaProcessor.from_config(config, LapaImageProcessor(size=self.settings.image_size), tokenizer)
         gripper = "last" if set(np.unique(self.train.actions[:, -1].round(3))) <= {0.0, 1.0} else None
         processor.fit_actions(self.train.actions, "data", num_bins=self.settings.num_bins, gripper_dimension=gripper)
@@ -262,19 +239,13 @@ class RldsDemo:
 
     def fresh(self, model_class: type[nn.Module], processor: LapaProcessor) -> Any:
         """A policy with a fresh trunk and the trained vision tokenizer."""
-        torch.manual_seed(self.seed)
-        config = policy_config(
-            self.settings, len(processor.tokenizer), self.train.actions.shape[1], self.paths["vision_tokenizer"]
-        )
-        model: Any = model_class(config)
+        config = self.policy_config(len(processor.tokenizer))
         tokenizer = LapaVisionTokenizer.from_pretrained(self.paths["vision_tokenizer"])
-        model.model.vision_tokenizer.load_state_dict(tokenizer.state_dict())
-        start_vision_embeddings_from_codebook(model, 0.5)
-        return model
+        return fresh_policy(model_class, config, tokenizer, self.seed)
 
     def pretrain(self) -> list[dict[str, float]]:
         """Stage 2."""
-        processor, chosen = self.processor(), self.train.paired_steps(self.frame_gap)
+        processor, (_, chosen) = self.processor(), self.train.steps(self.frame_gap)
         dataset = EncodedStepDataset(
             processor,
             self.train.instructions[chosen],

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
+from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation.demo_settings import (
@@ -41,6 +42,9 @@ from lapa.training.arguments import (
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
 from lapa.training.quantizer_trainer import LapaQuantizerTrainer
 
+if TYPE_CHECKING:
+    from lapa.evaluation.demo_rlds import RldsSettings
+
 UNNORM_KEY = "tabletop"
 ENCODE_BATCH = 256
 # Checkpoints per training, so that an interrupted one loses little.
@@ -49,22 +53,16 @@ EPISODES_SHOWN_PER_FAMILY = 2
 
 
 @dataclass(frozen=True)
-class Recording:
-    """Episodes laid end to end.
+class FrameTable:
+    """Frames of some episodes, laid end to end.
 
     Args:
         frames: (num_frames, height, width, 3) uint8.
         lengths: (num_episodes,) frames per episode.
-        instructions: (num_episodes,) sentences.
-        effector: (num_frames, 2) metres; for the report only, no training sees it.
-        actions: (num_frames, 2) float32 of each frame's step, zero at an episode's last frame; empty without actions.
     """
 
     frames: np.ndarray
     lengths: np.ndarray
-    instructions: np.ndarray
-    effector: np.ndarray
-    actions: np.ndarray
 
     @property
     def starts(self) -> np.ndarray:
@@ -81,6 +79,22 @@ class Recording:
         episode = np.repeat(np.arange(len(counts)), counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return episode, self.starts[episode] + within
+
+
+@dataclass(frozen=True)
+class Recording(FrameTable):
+    """What was recorded in the simulator.
+
+    Args:
+        frames, lengths: As in [`FrameTable`].
+        instructions: (num_episodes,) sentences.
+        effector: (num_frames, 2) metres; for the report only, no training sees it.
+        actions: (num_frames, 2) float32 of each frame's step, zero at an episode's last frame; empty without actions.
+    """
+
+    instructions: np.ndarray
+    effector: np.ndarray
+    actions: np.ndarray
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -238,6 +252,25 @@ def encode_frames(frames: np.ndarray, tokenizer: LapaVisionTokenizer) -> np.ndar
 def policy_config(settings: DemoSettings, text_vocab_size: int) -> LapaConfig:
     """A Llama of about half a million parameters over 16 image tokens."""
     vision = load_vision_tokenizer().config
+    return small_policy_config(settings, vision, text_vocab_size, action_dim=2, text_loss_weight=0.0)
+
+
+def small_policy_config(
+    settings: "DemoSettings | RldsSettings",
+    vision: LapaVisionTokenizerConfig,
+    text_vocab_size: int,
+    action_dim: int,
+    **fields: Any,
+) -> LapaConfig:
+    """The policy of either demo: a small Llama that embeds the place of an image token in its image.
+
+    Args:
+        settings: Sizes.
+        vision: Configuration of the vision tokenizer.
+        text_vocab_size: Rows of the text segment.
+        action_dim: Dimensions of an action.
+        fields: Further fields of [`LapaConfig`].
+    """
     return LapaConfig(
         text_config={
             "vocab_size": text_vocab_size,
@@ -253,19 +286,19 @@ def policy_config(settings: DemoSettings, text_vocab_size: int) -> LapaConfig:
         latent_vocab_size=settings.codebook_size,
         num_latent_tokens=settings.num_latent_tokens,
         action_vocab_size=settings.num_bins,
-        action_dim=2,
+        action_dim=action_dim,
         embedding_initializer_range=settings.embedding_initializer_range,
         vision_position_embeddings=True,
-        text_loss_weight=0.0,
+        **fields,
     )
 
 
-def fresh_policy(model_class: type, settings: DemoSettings, seed: int, text_vocab_size: int) -> Any:
-    """A policy with a fresh trunk and the shipped vision tokenizer."""
+def fresh_policy(model_class: type, config: LapaConfig, vision_tokenizer: LapaVisionTokenizer, seed: int) -> Any:
+    """A policy with a fresh trunk and a trained vision tokenizer."""
     torch.manual_seed(seed)
-    model = model_class(policy_config(settings, text_vocab_size))
-    model.model.vision_tokenizer.load_state_dict(load_vision_tokenizer().state_dict())
-    start_vision_embeddings_from_codebook(model, settings.embedding_initializer_range)
+    model = model_class(config)
+    model.model.vision_tokenizer.load_state_dict(vision_tokenizer.state_dict())
+    start_vision_embeddings_from_codebook(model, config.embedding_initializer_range)
     return model
 
 
@@ -295,7 +328,8 @@ def pretrain(
         encode_frames(video.frames, load_vision_tokenizer())[frame],
         latent_action_codes=codes,
     )
-    model = fresh_policy(LapaForLatentAction, settings, seed, len(processor.tokenizer))
+    config = policy_config(settings, len(processor.tokenizer))
+    model = fresh_policy(LapaForLatentAction, config, load_vision_tokenizer(), seed)
     arguments = LapaLatentPretrainingArguments(
         **schedule(settings.pretraining_steps, settings.pretraining_learning_rate, seed, output),
         per_device_train_batch_size=settings.pretraining_batch_size,
@@ -326,7 +360,8 @@ def finetune(
     if pretrained is not None:
         model = LapaForActionPrediction.from_pretrained(pretrained)
     else:
-        model = fresh_policy(LapaForActionPrediction, settings, seed, len(processor.tokenizer))
+        config = policy_config(settings, len(processor.tokenizer))
+        model = fresh_policy(LapaForActionPrediction, config, load_vision_tokenizer(), seed)
     arguments = LapaActionFinetuningArguments(
         **schedule(settings.finetuning_steps, playing.learning_rate, seed, output),
         per_device_train_batch_size=settings.finetuning_batch_size,

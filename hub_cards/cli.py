@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 _DESCRIPTION = "Writes weights, remote code, model card and finetuning script to a folder that loads without lapa."
 _EPILOG = """\
@@ -13,7 +12,11 @@ examples:
 """
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser of `lapa export`."""
+    parser = parser_class(
+        "lapa export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a policy, quantizer or vision tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--push-to", metavar="NAME", help="Hub repository to upload the folder to")
@@ -22,22 +25,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--dataset", action="append", default=[], help="data set it was trained on; may be repeated")
     parser.add_argument("--base-model", help="Hub repository of the model it was finetuned from")
     return parser
-
-
-def add_export_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds `export` to the sub-commands of a parser."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser("export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=layout)
-    parser.set_defaults(run=run)
-    return _add_arguments(parser)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of `lapa export` by itself."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return _add_arguments(
-        argparse.ArgumentParser("lapa export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=layout)
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> int:
     """Runs `lapa export`."""
-    return run(make_parser().parse_args(arguments))
+    return run(make_parser(parser_class).parse_args(arguments))

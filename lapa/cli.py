@@ -1,32 +1,45 @@
 """The command line: `lapa <command>`."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 
 import lapa
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser, and through it its sub-parsers, whose errors are raised: `main` prints one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse on bad arguments."""
+        raise ValueError(message)
+
+
 class Command(NamedTuple):
-    """Where a command lives: `function(arguments)` in `module`, imported when the command runs."""
+    """Where a command lives: `function(arguments)` in `module`, imported when the command runs.
+
+    With `uses_argparse` the function also takes the `parser_class` to parse its arguments with.
+    """
 
     module: str
     function: str
     help: str
+    uses_argparse: bool = False
 
 
 COMMANDS = {
-    "convert": Command("lapa.conversion.cli", "main", "published checkpoints to Hugging Face folders"),
+    "convert": Command("lapa.conversion.cli", "main", "published checkpoints to Hugging Face folders", True),
     "train-quantizer": Command("lapa.training.scripts", "train_quantizer", "stage 1: learn latent actions from video"),
     "label": Command("lapa.training.scripts", "label", "label video with latent actions"),
     "pretrain": Command("lapa.training.scripts", "pretrain", "stage 2: learn to predict latent actions"),
     "finetune": Command("lapa.training.scripts", "finetune", "stage 3: learn robot actions (fully or with LoRA)"),
-    "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card"),
+    "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card", True),
     "demo": Command(
-        "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data"
+        "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data", True
     ),
 }
 
@@ -58,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"lapa: unknown command {arguments[0]!r}; accepted: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    options: dict[str, Any] = {"parser_class": OneLineParser} if command.uses_argparse else {}
     try:
-        return getattr(importlib.import_module(command.module), command.function)(arguments[1:]) or 0
+        return getattr(importlib.import_module(command.module), command.function)(arguments[1:], **options) or 0
     except (ValueError, OSError, ImportError, StrictDataclassError, HfHubHTTPError) as error:
         print(f"lapa {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2

@@ -1,7 +1,14 @@
-"""Restricting generation to one segment of the id space."""
+"""Checking the prompt, and restricting generation to one segment of the id space."""
+
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
+from transformers.generation import GenerationMixin
+
+from lapa.configuration.configuration_lapa import LapaConfig
+
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 class SegmentLogitsProcessor(LogitsProcessor):
@@ -36,3 +43,79 @@ class ActionBinsLogitsProcessor(LogitsProcessor):
         limit = limit.repeat_interleave(len(scores) // len(limit)).unsqueeze(1)
         bins = torch.arange(scores.shape[1], device=scores.device) - self.offset
         return scores.masked_fill(bins >= limit, float("-inf"))
+
+
+class LapaGenerationMixin(GenerationMixin):
+    """`generate` that refuses a prompt which the model cannot read, once, before the first token."""
+
+    config: LapaConfig
+
+    def generate(self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `GenerationMixin`.
+
+        Raises:
+            ValueError: `input_ids` (or `inputs`) that are no (batch, length) ids in [0, vocab_size), or `vision_codes`
+                that are no (batch, num_image_tokens) integers.
+        """
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            check_input_ids(input_ids)
+            # One transfer to the host, whatever the length.
+            low, high = torch.stack(torch.aminmax(input_ids)).tolist()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"`input_ids` must lie in [0, {self.config.vocab_size - 1}], the rows of this model, got "
+                    f"{low if low < 0 else high}."
+                )
+        vision_codes = kwargs.get("vision_codes")
+        if vision_codes is not None:
+            check_vision_codes(vision_codes)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _check_target(self, target: str, input_ids: torch.Tensor) -> None:
+        """Refuse (batch, length) prompts that end as those for the other target do, where the config knows how."""
+        check_input_ids(input_ids)
+        tails = self.config.prompt_tails
+        if tails is None:
+            return
+        (other,) = tails.keys() - {target}
+        for row, ids in enumerate(input_ids[:, -max(map(len, tails.values())) :].tolist()):
+            if _ends_with(ids, tails[other]) and not _ends_with(ids, tails[target]):
+                raise ValueError(
+                    f'row {row} of `input_ids` is a prompt for `target="{other}"`, but {target} tokens are to be '
+                    f'decoded: call the processor with `target="{target}"`.'
+                )
+
+
+def _ends_with(ids: list[int], tail: list[int]) -> bool:
+    return ids[-len(tail) :] == tail
+
+
+def check_input_ids(input_ids: Any) -> None:
+    """Raises a `ValueError` for what is no (batch, length) tensor of integers; looks at no value."""
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.ndim != 2
+        or input_ids.dtype not in ID_DTYPES
+        or not input_ids.numel()
+    ):
+        raise ValueError(f"`input_ids` must be a tensor of int64 ids (batch, length), got {_describe(input_ids)}.")
+
+
+def check_vision_codes(vision_codes: Any) -> None:
+    """Raises a `ValueError` for what is no (batch, num_image_tokens) tensor of integers; looks at no value."""
+    if (
+        not isinstance(vision_codes, torch.Tensor)
+        or vision_codes.ndim < 2
+        or vision_codes.is_floating_point()
+        or vision_codes.is_complex()
+    ):
+        raise ValueError(
+            f"`vision_codes` must be a tensor of integers (batch, num_image_tokens), got {_describe(vision_codes)}."
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -15,6 +15,7 @@ from transformers.pipelines.base import Pipeline
 # What each model predicts. By name, because a folder with remote code has its own copies of the classes.
 TARGET_OF_CLASS = {"LapaForLatentAction": "latent", "LapaForActionPrediction": "action"}
 PROCESSOR_PARAMETERS = ("unnorm_key", "target", "padding", "do_center_crop", "center_crop_scale")
+INPUT_KEYS = ("image", "instruction")
 DECODING_PARAMETERS = ("decode", "return_log_probs")
 # The number of tokens follows from the model, and the scores are those of one sequence per input.
 FIXED_GENERATION_PARAMETERS = {
@@ -171,7 +172,10 @@ class RobotActionPipeline(Pipeline):
                 f'an input must be {{"image": ..., "instruction": ...}} (or an image with `instruction=`), got '
                 f"{type(inputs).__name__}."
             )
-        missing = [key for key in ("image", "instruction") if inputs.get(key) is None]
+        unknown = [str(key) for key in inputs if key not in INPUT_KEYS]
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is unknown in an input; accepted: {', '.join(INPUT_KEYS)}.")
+        missing = [key for key in INPUT_KEYS if inputs.get(key) is None]
         if missing:
             raise ValueError(f"`{missing[0]}` is missing from an input with the keys {list(map(str, inputs))}.")
         target = target or self.model_target

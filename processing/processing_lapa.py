@@ -68,7 +68,8 @@ class LapaProcessor(ProcessorMixin):
         end_of_vision_id (`int`, defaults to 8193): Vision id after an image; the id before it ends one frame of several.
         num_image_tokens (`int`, defaults to 256): Vision codes per image.
         max_text_length (`int`, defaults to 128): Ids of the prompt before the image; longer ones lose their beginning.
-        target (`str`, defaults to `"latent"`): What the prompt asks for, `"latent"` or `"action"`.
+        target (`str`, defaults to `"latent"`): What the prompt asks for where a call does not say, `"latent"` or
+            `"action"`. A folder's processor asks for what its model was trained to predict.
         action_statistics (`dict`, *optional*): `{unnorm_key: {"edges": [[...], ...]}}`, see `ActionTokenizer`.
     """
 
@@ -88,7 +89,7 @@ class LapaProcessor(ProcessorMixin):
         target: str = "latent",
         action_statistics: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer)
+        super().__init__(image_processor, tokenizer)  # type: ignore[no-untyped-call]
         if len(tokenizer) > text_vocab_size:
             raise ValueError(
                 f"`tokenizer` has {len(tokenizer)} pieces, more than `text_vocab_size` ({text_vocab_size}): its ids "
@@ -173,6 +174,11 @@ class LapaProcessor(ProcessorMixin):
         """Id of action bin 0."""
         return self.latent_offset + self.latent_vocab_size
 
+    @property
+    def prompt_tails(self) -> dict[str, list[int]]:
+        """Ids after the image in a prompt for each target. `LapaConfig.prompt_tails` holds them for the model."""
+        return {target: self._text_ids(f"</vision> {marker}") for target, marker in TARGETS.items()}
+
     def __call__(
         self,
         images: Any = None,
@@ -191,7 +197,8 @@ class LapaProcessor(ProcessorMixin):
             images: One image or a list, see `LapaImageProcessor`. Lists of images and instructions go together.
             instruction: One instruction or a list.
             return_tensors: `"pt"` or `"np"`.
-            target: `"latent"` or `"action"`; the processor's own when None.
+            target: What the prompt asks for: `"latent"` for `predict_latent_action`, `"action"` for
+                `predict_action_tokens`; the processor's own when None.
             unnorm_key: Whose bins the action will be decoded with.
             padding: `"max_length"` pads the text to `max_text_length` (published), `"longest"` to the longest of the
                 batch. Both on the left.
@@ -242,7 +249,7 @@ class LapaProcessor(ProcessorMixin):
         prompts = [self._text_ids(PROMPT.format(instruction=text))[-self.max_text_length :] for text in texts]
         width = self.max_text_length if padding == "max_length" else max(map(len, prompts))
         image = [self.vision_offset] * self.num_image_tokens + [self.vision_offset + self.end_of_vision_id]
-        tail = image + self._text_ids(f"</vision> {TARGETS[target]}")
+        tail = image + self.prompt_tails[target]
         pad = self.tokenizer.pad_token_id
         ids = [[pad] * (width - len(prompt)) + prompt + tail for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * (len(prompt) + len(tail)) for prompt in prompts]

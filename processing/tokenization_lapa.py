@@ -39,7 +39,7 @@ class LapaTokenizer(SentencePieceBackend):
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("truncation_side", "left")
         kwargs.setdefault("special_tokens_pattern", "none")
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             vocab_file=vocab_file,
             bos_token=bos_token,
             eos_token=eos_token,

@@ -41,6 +41,38 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_one_line_without_usage(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "--no-such-option"]) == 2
+    captured = capsys.readouterr()
+    # A library may log something while a training command imports it.
+    lines = [line for line in captured.err.splitlines() if "lapa" in line or "usage" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"lapa {command}: ") and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert"], "required: quantizer|vision-tokenizer|policy"),
+        (["convert", "quantiser"], "invalid choice: 'quantiser'"),
+        (["convert", "policy", "--output", "x", "--outptu", "y"], "unrecognized arguments: --outptu y"),
+        (["convert", "quantizer", "--output", "x"], "required: --checkpoint"),
+        (["convert", "policy", "--output", "x", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["export", "--model", "x", "--output"], "--output: expected one argument"),
+        (["demo", "--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["demo", "--output", "x", "y"], "unrecognized arguments: y"),
+    ],
+)
+def test_bad_arguments_are_one_line_without_usage(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lapa {arguments[0]}: ") and error.count("\n") == 1 and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_command(capsys):
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out

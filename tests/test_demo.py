@@ -7,12 +7,13 @@ import pytest
 from shared_files import shared_path
 
 from lapa.cli import main
-from lapa.evaluation import demo
+from lapa.configuration.configuration_lapa import LapaConfig
+from lapa.evaluation import demo, demo_stages
 from lapa.evaluation.demo_report import code_motion, verdict
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS, DemoSettings
 from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
 from lapa.evaluation.statistics import success_cell
-from lapa.processing.processing_lapa import PROMPT
+from lapa.processing.processing_lapa import PROMPT, LapaProcessor
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,63 @@ def test_report_has_the_promised_shape(finished):
     html = (finished / "report.html").read_text()
     assert "data:image/gif" in html
     assert html.count("<svg") == 5
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cross") / "out"
+    assert main(["demo", "--quick", "--cross-embodiment", "--output", str(output)]) == 0
+    return output
+
+
+def first_frames(recording, embodiment, families, first_seed):
+    """Each episode's first frame, and what an environment of `embodiment` shows at the start it was recorded from."""
+    environment = demo_stages.make_environment(DemoSettings().quick(), embodiment)
+    shown = [
+        environment.reset(seed=first_seed + index, options={"family": family})[0]["image"]
+        for index, family in enumerate(families)
+    ]
+    environment.close()
+    return recording.frames[recording.starts], np.stack(shown)
+
+
+def test_cross_embodiment_takes_the_video_from_the_gripper_and_the_actions_from_the_arm(finished, crossed):
+    settings = DemoSettings().quick()
+    video, labelled = (demo_stages.Recording.load(crossed / name) for name in ("video.npz", "labelled.npz"))
+    own = {name: demo_stages.Recording.load(finished / name) for name in ("video.npz", "labelled.npz")}
+    families = [family for family, count in settings.video_episodes.items() for _ in range(count)]
+    recorded, shown = first_frames(video, "gripper", families, VIDEO_SEEDS + SEED_STRIDE)
+    np.testing.assert_array_equal(recorded, shown)
+    arms = own["video.npz"].frames[own["video.npz"].starts]
+    assert all((mine != theirs).any() for mine, theirs in zip(recorded, arms))
+    assert len(video.actions) == 0
+    families = [family for family in settings.families for _ in range(settings.labelled_episodes_per_family)]
+    recorded, shown = first_frames(labelled, "arm", families, LABELLED_SEEDS + SEED_STRIDE)
+    np.testing.assert_array_equal(recorded, shown)
+    # The same seed without --cross-embodiment has the same labelled set, actions included.
+    for name in labelled.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(labelled, name), getattr(own["labelled.npz"], name))
+    assert len(labelled.actions) == len(labelled.frames) and labelled.actions.any()
+
+
+def test_cross_embodiment_is_what_the_report_says_and_what_the_stages_saw(finished, crossed):
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (finished, crossed)]
+    assert [report["video_embodiment"] for report in reports] == ["arm", "gripper"]
+    html = (crossed / "report.html").read_text()
+    assert "episodes of the gripper without actions" in html and "episodes of the arm." in html
+    assert "--cross-embodiment" in html and "--cross-embodiment" not in (finished / "report.html").read_text()
+    # Stages 1 and 2 see the video, the Scratch baseline does not.
+    losses = [json.loads((folder / "progress.json").read_text())["stages"] for folder in (finished, crossed)]
+    for stage in ("train the quantizer", "pretrain", "finetune scratch"):
+        own, other = ([row["loss"] for row in stages[stage]["result"]] for stages in losses)
+        assert (own == other) == (stage == "finetune scratch"), stage
+
+
+@pytest.mark.parametrize("name", ["pretrained", "lapa", "scratch"])
+def test_its_models_know_how_prompts_end(finished, name):
+    processor = LapaProcessor.from_pretrained(finished / name)
+    assert processor.target == ("latent" if name == "pretrained" else "action")
+    assert LapaConfig.from_pretrained(finished / name).prompt_tails == processor.prompt_tails
 
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
@@ -89,6 +147,9 @@ def test_real_data(tmp_path):
     report = json.loads((output / "report.json").read_text())
     assert report["train_episodes"] + report["held_out_episodes"] <= 25
     assert report["frame_gap"] == 3
+    for name in ("pretrained", "lapa", "scratch"):
+        tails = LapaProcessor.from_pretrained(output / name).prompt_tails
+        assert LapaConfig.from_pretrained(output / name).prompt_tails == tails
     for method in ("lapa", "scratch", "mean_action"):
         metrics = report["methods"][method]
         assert 0 <= metrics["token_accuracy"] <= 1

@@ -1,10 +1,14 @@
-"""Decoding: segments, bins, batches, caches, sampling, and growing the id space."""
+"""Decoding: segments, bins, batches, caches, sampling, prompts that are refused, and growing the id space."""
+
+import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from recordings import end_to_end_folder, policy_folder
 from tiny_models import build, policy_config, prompt
 
-from lapa import LapaForActionPrediction, LapaForLatentAction
+from lapa import LapaConfig, LapaForActionPrediction, LapaForLatentAction, LapaProcessor
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +19,11 @@ def latent():
 @pytest.fixture(scope="module")
 def policy():
     return build("action").eval()
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return build("action", keep_latent_head=True).eval()
 
 
 def test_left_padded_batch_equals_single_rows(policy):
@@ -179,6 +188,69 @@ class TestActionRows:
         assert policy.predict_action_tokens(**prompt(policy.config)).shape == (2, 7)
 
 
+class TestPromptOfTheOtherTarget:
+    """`prompt` ends in ids 9 and 10."""
+
+    TAILS = {"latent": [9, 11], "action": [9, 10]}  # noqa: RUF012
+
+    def test_is_refused_by_both_models(self):
+        inputs = prompt(policy_config())
+        asks_for_codes = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == 10, 11)}
+        policy, latent = (build(kind, prompt_tails=self.TAILS).eval() for kind in ("action", "latent"))
+        assert policy.predict_action_tokens(**inputs).shape == (2, 7)
+        assert latent.predict_latent_action(**asks_for_codes).shape == (2, 4)
+        with pytest.raises(ValueError, match=r'row 0 .* is a prompt for `target="latent"`.*with `target="action"`'):
+            policy.predict_action_tokens(**asks_for_codes)
+        with pytest.raises(ValueError, match=r'row 0 .* is a prompt for `target="action"`.*with `target="latent"`'):
+            latent.predict_latent_action(**inputs)
+        inputs["input_ids"][1, -1] = 11
+        with pytest.raises(ValueError, match="row 1 of `input_ids`"):
+            policy.predict_action_tokens(**inputs)
+
+    def test_a_kept_latent_head_asks_for_codes(self):
+        policy = build("action", prompt_tails=self.TAILS, keep_latent_head=True).eval()
+        with pytest.raises(ValueError, match=r'is a prompt for `target="action"`'):
+            policy.predict_latent_action(**prompt(policy.config))
+
+    def test_converted_policies_know_their_prompts(self):
+        folder = end_to_end_folder("action")
+        policy, processor = LapaForActionPrediction.from_pretrained(folder), LapaProcessor.from_pretrained(folder)
+        assert policy.config.prompt_tails == processor.prompt_tails
+        codes = {"vision_codes": [0] * processor.num_image_tokens, "instruction": "push"}
+        assert policy.predict_action_tokens(**processor(**codes)).shape == (1, 7)
+        with pytest.raises(ValueError, match='with `target="action"`'):
+            policy.predict_action_tokens(**processor(**codes, target="latent"))
+        # Without a tokenizer there are no prompts to know.
+        assert LapaConfig.from_pretrained(policy_folder("delta", "bf16")).prompt_tails is None
+
+    @pytest.mark.parametrize(
+        "tails",
+        [
+            None,  # a folder from before the field
+            {"latent": [9, 12], "action": [9, 13]},  # a prompt of one's own
+            {"latent": [9, 10], "action": [9, 10]},  # a tokenizer that cannot tell the markers apart
+            {"latent": [7] * 30 + [9, 10], "action": [9, 11]},  # longer than the prompt
+        ],
+    )
+    def test_what_is_not_certain_passes(self, tails):
+        policy = build("action", prompt_tails=tails).eval()
+        assert torch.equal(
+            policy.predict_action_tokens(**prompt(policy.config)),
+            build("action").eval().predict_action_tokens(**prompt(policy.config)),
+        )
+
+    def test_the_config_keeps_the_tails(self, tmp_path):
+        policy_config(prompt_tails=self.TAILS).save_pretrained(tmp_path)
+        assert LapaConfig.from_pretrained(tmp_path).prompt_tails == self.TAILS
+        saved = json.loads((tmp_path / "config.json").read_text())
+        del saved["prompt_tails"]
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        assert LapaConfig.from_pretrained(tmp_path).prompt_tails is None
+        for wrong in ({"latent": [1]}, {"latent": [1], "action": []}, {"latent": [1], "action": [-1]}):
+            with pytest.raises(StrictDataclassError, match="prompt_tails"):
+                policy_config(prompt_tails=wrong)
+
+
 class TestBadInput:
     def test_number_of_placeholders(self, policy):
         inputs = prompt(policy.config)
@@ -191,6 +263,55 @@ class TestBadInput:
         inputs.pop("pixel_values")
         with pytest.raises(ValueError, match=r"`vision_codes` must lie in \[0, 33\].*99"):
             policy(**inputs, vision_codes=torch.full((2, 16), 99))
+
+    @pytest.mark.parametrize("method", ["predict_action_tokens", "predict_latent_action", "generate"])
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda ids: ids[0], r"`input_ids` must be .* \(batch, length\), got torch.int64 of shape \(25,\)"),
+            (lambda ids: ids[None], r"got torch.int64 of shape \(1, 2, 25\)"),
+            (lambda ids: ids[:, :0], r"got torch.int64 of shape \(2, 0\)"),
+            (lambda ids: ids.float(), r"got torch.float32 of shape \(2, 25\)"),
+            (lambda ids: ids.tolist(), "got list"),
+            (lambda ids: ids.masked_fill(ids == 9, 98), r"`input_ids` must lie in \[0, 97\].*got 98"),
+            (lambda ids: ids.masked_fill(ids == 9, -1), r"`input_ids` must lie in \[0, 97\].*got -1"),
+        ],
+    )
+    def test_ids(self, kept, method, spoil, message):
+        inputs = prompt(kept.config)
+        with pytest.raises(ValueError, match=message):
+            getattr(kept, method)(**inputs | {"input_ids": spoil(inputs["input_ids"])})
+
+    def test_the_last_row_of_the_id_space_is_an_id(self, latent, policy):
+        ids = torch.tensor([[1, latent.config.vocab_size - 1]])
+        assert latent.predict_latent_action(input_ids=ids).shape == (1, 4)
+        assert policy.predict_action_tokens(input_ids=ids + 1).shape == (1, 7)
+        with pytest.raises(ValueError, match="input_ids"):
+            latent.generate(ids + 1, max_new_tokens=1)
+
+    @pytest.mark.parametrize("method", ["predict_action_tokens", "predict_latent_action", "generate"])
+    @pytest.mark.parametrize(
+        ("codes", "message"),
+        [
+            (torch.zeros(16, dtype=torch.long), r"must be .* \(batch, num_image_tokens\), got .* \(16,\)"),
+            (torch.zeros(2, 16), "must be .* got torch.float32"),
+            ([[0] * 16] * 2, "must be .* got list"),
+            (torch.full((2, 16), 34), r"must lie in \[0, 33\].*34"),
+            (torch.full((2, 16), -1), r"must lie in \[0, 33\].*-1"),
+        ],
+    )
+    def test_vision_codes(self, kept, method, codes, message):
+        inputs = prompt(kept.config)
+        inputs.pop("pixel_values")
+        with pytest.raises(ValueError, match=f"`vision_codes` {message}"):
+            getattr(kept, method)(**inputs, vision_codes=codes)
+
+    def test_values_are_looked_at_once_per_prompt(self, policy, monkeypatch):
+        looks = []
+        aminmax = torch.aminmax
+        monkeypatch.setattr(torch, "aminmax", lambda ids: (looks.append(ids.shape), aminmax(ids))[1])
+        policy.predict_action_tokens(**prompt(policy.config))
+        assert looks == [(2, 25)]
 
     def test_image_without_a_vision_tokenizer(self):
         model = LapaForLatentAction(policy_config(with_images=False))

@@ -155,6 +155,10 @@ def test_latent_codes_of_a_policy_that_kept_its_latent_head(folders, policy):
     [
         ({"instruction": "push"}, {}, "`image` is missing"),
         ({"image": picture()}, {}, "`instruction` is missing"),
+        ({"image": picture(), "instruction": "push", "img": 1}, {}, "`img` is unknown.*accepted: image, instruction"),
+        ({"img": picture(), "instruction": "push"}, {}, "`img` is unknown.*accepted: image, instruction"),
+        ([{"image": picture(), "instruction": "push", 3: 1}], {}, "`3` is unknown in an input"),
+        ({"image": picture(), "instruction": "push", "unnorm_key": "toy"}, {}, "`unnorm_key` is unknown in an input"),
         ({"image": picture(), "instruction": "  "}, {}, "`instruction` must say what to do"),
         ({"image": picture(), "instruction": 3}, {}, "`instruction` must be a string"),
         ({"image": "no_such_file.png", "instruction": "push"}, {}, "no path of a file"),

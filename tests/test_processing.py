@@ -103,6 +103,20 @@ def test_target_is_an_attribute_and_an_argument():
     assert latent(**kwargs).vision_codes.tolist() == [[1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("name, sizes", [("tiny", {}), ("llama32k", {"text_vocab_size": 33000})])
+def test_prompts_end_in_the_tails_that_a_config_keeps(name, sizes, tmp_path):
+    processor = make_processor(name, **sizes)
+    config = LapaConfig(text_config={"vocab_size": processor.text_vocab_size}, prompt_tails=processor.prompt_tails)
+    config.save_pretrained(tmp_path)
+    tails = LapaConfig.from_pretrained(tmp_path).prompt_tails
+    assert tails == processor.prompt_tails and set(tails) == {"latent", "action"}
+    for target, tail in tails.items():
+        ids = processor(vision_codes=[1, 2, 3, 4], instruction="push", target=target).input_ids[0].tolist()
+        assert ids[-len(tail) - 1 :] == [processor.vision_offset + 65, *tail]
+    # What sets them apart is the marker, whatever follows it.
+    assert tails["latent"][-len(tails["action"]) :] != tails["action"][-len(tails["latent"]) :]
+
+
 def test_action_num_bins_travel_with_the_inputs():
     processor = make_processor(target="action")
     kwargs = {"vision_codes": np.zeros((2, 4), dtype=np.int64), "instruction": ["push", "pull"]}

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from lapa import LapaForActionPrediction, LapaForLatentAction, LapaImageProcessor, LapaProcessor, LapaTokenizer
 from lapa.data.labelled_steps import LabelledStepDataset
+from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
 from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer, add_lora
 from lapa.training.arguments import LapaActionFinetuningArguments, LapaLatentPretrainingArguments
 from lapa.training.label_latent_actions import encode_images
@@ -40,8 +41,9 @@ def action_model(**changes):
     return LapaForActionPrediction(config)
 
 
-def processor_for(model, **overrides):
-    return LapaProcessor.from_config(model.config, LapaImageProcessor(size=8), tokenizer(), **overrides)
+def processor_for(model, image_processor=None, **overrides):
+    image_processor = image_processor or LapaImageProcessor(size=8)
+    return LapaProcessor.from_config(model.config, image_processor, tokenizer(), **overrides)
 
 
 def columns(num_steps=24):
@@ -77,12 +79,12 @@ def latent_trainer(folder, model=None, callbacks=None, **changes):
     return LapaLatentPretrainingTrainer(model, args, dataset, dataset, processor, callbacks)
 
 
-def action_trainer(folder, model=None, callbacks=None, peft_config=None, **changes):
+def action_trainer(folder, model=None, callbacks=None, peft_config=None, augmentation=None, **changes):
     model = action_model() if model is None else model
     processor = processor_for(model)
     instructions, images, _, actions = columns()
     processor.fit_actions(actions, "toy")
-    dataset = LabelledStepDataset(processor, instructions, images=images, actions=actions)
+    dataset = LabelledStepDataset(processor, instructions, images=images, actions=actions, augmentation=augmentation)
     args = arguments(LapaActionFinetuningArguments, folder, **changes)
     return LapaActionFinetuningTrainer(
         model, args, dataset, dataset, processor, peft_config=peft_config, callbacks=callbacks
@@ -112,6 +114,25 @@ def test_examples_need_one_picture_and_a_target():
     actions[1, 0] = np.nan
     with pytest.raises(ValueError, match="finite"):
         LabelledStepDataset(processor, instructions, images=images, actions=actions)
+
+
+def test_augmentation_changes_with_the_epoch_only():
+    model = action_model()
+    processor = processor_for(model, image_processor=LapaImageProcessor(size=8, do_center_crop=True))
+    instructions, images, _, actions = columns(3)
+    processor.fit_actions(actions, "toy")
+    plain, augmented, unchanged = (
+        LabelledStepDataset(processor, instructions, images=images, actions=actions, augmentation=augmentation)
+        for augmentation in (None, LapaImageAugmentation(), LapaImageAugmentation(1.0, colour_probability=0.0))
+    )
+    first = augmented[1]["pixel_values"]
+    assert not np.array_equal(first, plain[1]["pixel_values"])
+    assert np.array_equal(first, augmented[1]["pixel_values"])
+    augmented.start_epoch(1)
+    assert not np.array_equal(first, augmented[1]["pixel_values"])
+    # The crop of the augmentation stands for the processor's.
+    uncropped = processor.image_processor(images[1], do_center_crop=False)["pixel_values"][0]
+    assert np.array_equal(unchanged[1]["pixel_values"], uncropped)
 
 
 def test_latent_pretraining_learns(tmp_path):
@@ -165,10 +186,12 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-@pytest.mark.parametrize("kind", ["latent", "action", "lora"])
+@pytest.mark.parametrize("kind", ["latent", "action", "lora", "augmented"])
 def test_resumed_equals_uninterrupted(tmp_path, kind):
     # LoRA's dropout draws from torch's generator.
     more = {"peft_config": lora(lora_dropout=0.1)} if kind == "lora" else {}
+    if kind == "augmented":
+        more = {"augmentation": LapaImageAugmentation()}
     build = latent_trainer if kind == "latent" else action_trainer
     settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, **more}
     whole = build(tmp_path / "whole", **settings)
@@ -177,6 +200,7 @@ def test_resumed_equals_uninterrupted(tmp_path, kind):
     resumed = build(tmp_path / "parts", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-5"))
     assert resumed.state.global_step == 10
+    assert whole.train_dataset.epoch == resumed.train_dataset.epoch == 3  # 3 steps each
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs), name
 

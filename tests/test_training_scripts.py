@@ -1,6 +1,7 @@
 """The four commands chain on real data, and say what is wrong in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lapa import (
     LapaVisionTokenizer,
     LapaVisionTokenizerConfig,
 )
+from lapa.hub_cards.export import export
 from lapa.training import scripts
 from lapa.training.label_latent_actions import hash_weights, read_labels
 
@@ -114,6 +116,8 @@ def test_pretrained_policy_records_its_quantizer(chain):
 def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", *lora) == 0
     policy = LapaForActionPrediction.from_pretrained(tmp_path / "robot")
+    assert policy.config.prompt_tails is not None
+    assert json.loads((tmp_path / "robot" / "trainer_state.json").read_text())["global_step"] == 3
     processor = LapaProcessor.from_pretrained(tmp_path / "robot")
     (key,) = processor.action_statistics
     assert policy.config.action_num_bins == list(processor.action_tokenizer(key).num_bins)
@@ -122,6 +126,61 @@ def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     assert processor.decode_actions(tokens).shape == (1, 7)
     metrics = json.loads((tmp_path / "robot" / "eval_results.json").read_text())
     assert {"eval_token_accuracy/6", "eval_action_error/0", "eval_mean_action_error/0"} <= set(metrics)
+
+
+def test_the_latent_head_is_kept_on_request(chain, tmp_path):
+    rows = [{"instruction": "push", "vision": [n] * 16, "raw_actions": [0.1 * n] * 6 + [n % 2]} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    processor = LapaProcessor.from_pretrained(chain / "policy")
+    inputs = processor(vision_codes=[3] * 16, instruction="push")
+    # A folder from before `prompt_tails`.
+    old = shutil.copytree(chain / "policy", tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    del config["prompt_tails"]
+    (old / "config.json").write_text(json.dumps(config))
+    common = ["--data", str(data), "--max_steps", "1", "--num_bins", "16", *CPU]
+    # The folder remembers it; saying nothing changes nothing.
+    for model, output, options, kept in (
+        (old, "fresh", [], False),
+        (old, "kept", ["--keep_latent_head", "true"], True),
+        (tmp_path / "kept", "again", [], True),
+        (tmp_path / "kept", "dropped", ["--keep_latent_head", "false"], False),
+    ):
+        output = tmp_path / output
+        assert scripts.finetune(["--model", str(model), "--output_dir", str(output), *common, *options]) == 0
+        policy = LapaForActionPrediction.from_pretrained(output)
+        assert policy.config.keep_latent_head is kept
+        assert policy.config.prompt_tails == processor.prompt_tails
+        if kept:
+            assert policy.predict_latent_action(**inputs).shape == (1, 4)
+        else:
+            with pytest.raises(ValueError, match="retired"):
+                policy.predict_latent_action(**inputs)
+
+
+def test_a_prompt_for_the_other_target_is_refused(chain):
+    policy = LapaForLatentAction.from_pretrained(chain / "policy")
+    processor = LapaProcessor.from_pretrained(chain / "policy")
+    inputs = {"images": np.zeros((64, 64, 3), np.uint8), "instruction": "push"}
+    assert policy.predict_latent_action(**processor(**inputs)).shape == (1, 4)
+    with pytest.raises(ValueError, match='call the processor with `target="latent"`'):
+        policy.predict_latent_action(**processor(**inputs, target="action"))
+    # An action model made from the folder knows it, too, although the folder's processor asks for latent codes.
+    policy = LapaForActionPrediction.from_pretrained(chain / "policy")
+    with pytest.raises(ValueError, match='call the processor with `target="action"`'):
+        policy.predict_action_tokens(**processor(**inputs))
+    assert policy.predict_action_tokens(**processor(**inputs, target="action")).shape == (1, 7)
+
+
+def test_the_log_of_the_run_stays_with_the_model_and_out_of_its_export(chain, tmp_path):
+    for name, metric in (("quantizer", "eval_perplexity"), ("policy", "eval_latent_loss")):
+        state = json.loads((chain / name / "trainer_state.json").read_text())
+        assert state["global_step"] == 3
+        assert any("train_loss" in row for row in state["log_history"])
+        assert any(metric in row for row in state["log_history"])
+        files = {path.name for path in export(chain / name, tmp_path / name).iterdir()}
+        assert "model.safetensors" in files and not {"trainer_state.json", "eval_results.json"} & files
 
 
 def test_published_rows(tmp_path, capsys):

@@ -1,19 +1,20 @@
-"""What the trainers of stages 2 and 3 share: batches, metrics between logs, evaluation without full logits."""
+"""What the trainers of stages 2 and 3 share: batches, losses of the segments, evaluation without full logits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import TrainerCallback, TrainerState
 
 from lapa.data.collators import LapaTrainingCollator
+from lapa.data.labelled_steps import LabelledStepDataset
 from lapa.modeling_lapa.modeling_lapa import LapaForTokenPrediction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.training.arguments import LapaPolicyTrainingArguments
-from lapa.training.metrics import RunningMeans
+from lapa.training.metrics_trainer import MetricsTrainer
 
 # Outputs of the models that are logged, in this order.
 LOGGED_OUTPUTS = ("latent_loss", "action_loss", "text_loss", "latent_accuracy", "action_accuracy")
@@ -31,7 +32,18 @@ class ActionCollator(LapaTrainingCollator):
         return batch
 
 
-class LapaPolicyTrainer(Trainer):
+class _StartEpoch(TrainerCallback):
+    """Tells the data set which epoch begins, in a resumed run too."""
+
+    def __init__(self, dataset: LabelledStepDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # A resumed run begins in the middle of one.
+        self.dataset.start_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+class LapaPolicyTrainer(MetricsTrainer):
     r"""
     Trainer of a policy on `LabelledStepDataset` examples; the stages are its subclasses.
 
@@ -85,8 +97,11 @@ class LapaPolicyTrainer(Trainer):
             del self.model.config.use_cache
         else:
             self.model.config.use_cache = use_cache
+        if isinstance(train_dataset, LabelledStepDataset):
+            self.add_callback(_StartEpoch(train_dataset))
         self.processor = processor
-        self._means = RunningMeans()
+        if processor is not None:
+            self.policy.config.prompt_tails = processor.prompt_tails
         if self.policy.model.vision_tokenizer is not None:
             self.policy.model.vision_tokenizer.requires_grad_(False).eval()
 
@@ -112,44 +127,18 @@ class LapaPolicyTrainer(Trainer):
             self._means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`~transformers.Trainer`], with the means since the last training log."""
-        if "loss" in logs:
-            logs |= self._means.pop(self.accelerator.gather)
-        super().log(logs, start_time)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def evaluation_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Loss of an evaluation batch; logits are computed only where there is a loss."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            labels = inputs["labels"]
-            trunk = {name: value for name, value in inputs.items() if name not in ("labels", "action")}
-            hidden_states = self.policy.model(**trunk, use_cache=False).last_hidden_state
-            losses = self.policy._losses(hidden_states, labels)
-            self._eval_means.add({name: losses.get(name) for name in LOGGED_OUTPUTS}, weight=len(labels))
-            self.evaluate_batch(hidden_states, inputs)
-        return losses["loss"].detach(), None, None
+        labels = inputs["labels"]
+        trunk = {name: value for name, value in inputs.items() if name not in ("labels", "action")}
+        hidden_states = self.policy.model(**trunk, use_cache=False).last_hidden_state
+        losses = self.policy._losses(hidden_states, labels)
+        self._eval_means.add({name: losses.get(name) for name in LOGGED_OUTPUTS}, weight=len(labels))
+        self.evaluate_batch(hidden_states, inputs)
+        return losses["loss"]
 
     def evaluate_batch(self, hidden_states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Hook of a stage: further numbers from an evaluation batch and its hidden states."""
-
-    def evaluation_metrics(self) -> dict[str, float]:
-        """Hook of a stage: further metrics at the end of an evaluation."""
-        return {}
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As in [`~transformers.Trainer`], with the losses and accuracies of the segments."""
-        self._eval_means = RunningMeans()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = {**self._eval_means.pop(self.accelerator.gather), **self.evaluation_metrics()}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.processor is not None:

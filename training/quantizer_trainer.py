@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
@@ -27,7 +27,8 @@ from lapa.training.codebook import (
     published_update_due,
     reseed_codes,
 )
-from lapa.training.metrics import RunningMeans, code_usage, count_codes, num_codes_used, perplexity
+from lapa.training.metrics import code_usage, count_codes, num_codes_used, perplexity
+from lapa.training.metrics_trainer import MetricsTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def reconstruction_grid(frames: torch.Tensor, reconstructions: torch.Tensor) -> 
     return (grid * 255).round().to(torch.uint8).cpu().numpy()
 
 
-class LapaQuantizerTrainer(Trainer):
+class LapaQuantizerTrainer(MetricsTrainer):
     r"""
     Trainer of [`LapaQuantizer`].
 
@@ -129,7 +130,6 @@ class LapaQuantizerTrainer(Trainer):
         )
         self.codebook_size: int = model.config.codebook_size
         self.codebook_state = CodebookState.new(self.codebook_size)
-        self._means = RunningMeans()
         self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         self._step_embeddings: list[torch.Tensor] = []
         # First, so that samples, logs and checkpoints see the updated codebook.
@@ -245,43 +245,27 @@ class LapaQuantizerTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast(codebook.data, src=0)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`~transformers.Trainer`], with what happened since the last training log."""
-        if "loss" in logs:
-            logs |= self._means.pop(self.accelerator.gather)
-            logs |= self._usage_logs(self._logged_counts)
-            logs["codes_replaced"] = float(self.codebook_state.num_replaced)
-            self._logged_counts.zero_()
-        super().log(logs, start_time)
+    def training_metrics(self) -> dict[str, float]:
+        """The use of the codes since the last training log, and how many were replaced so far."""
+        metrics = self._usage_metrics(self._logged_counts)
+        self._logged_counts.zero_()
+        return metrics | {"codes_replaced": float(self.codebook_state.num_replaced)}
 
-    def _usage_logs(self, counts: torch.Tensor) -> dict[str, float]:
-        logs = {"perplexity": perplexity(counts), "codes_used": float(num_codes_used(counts))}
+    def evaluation_metrics(self) -> dict[str, float]:
+        """The use of the codes in the evaluation."""
+        counts = self.accelerator.reduce(self._eval_counts.to(self.accelerator.device), "sum")
+        return self._usage_metrics(counts.cpu())
+
+    def _usage_metrics(self, counts: torch.Tensor) -> dict[str, float]:
+        metrics = {"perplexity": perplexity(counts), "codes_used": float(num_codes_used(counts))}
         if self.codebook_size <= MAX_LOGGED_CODES:
-            logs |= {f"code_usage/{code}": float(share) for code, share in enumerate(code_usage(counts))}
-        return logs
+            metrics |= {f"code_usage/{code}": float(share) for code, share in enumerate(code_usage(counts))}
+        return metrics
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Loss of an evaluation batch; the reconstructions themselves are not kept."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As in [`~transformers.Trainer`], with the reconstruction loss and the use of the codes."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `MetricsTrainer`."""
         self._eval_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
-        self._eval_means = RunningMeans()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        counts = self.accelerator.reduce(self._eval_counts.to(self.accelerator.device), "sum").cpu()
-        metrics = {**self._eval_means.pop(self.accelerator.gather), **self._usage_logs(counts)}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        return super().evaluation_loop(*args, **kwargs)
 
     @torch.no_grad()
     def draw_samples(self, step: int) -> None:

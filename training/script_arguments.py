@@ -151,7 +151,11 @@ class FinetuneArguments:
         action_bins (`str`, *optional*): csv with bin edges in the published layout, instead of fitting them.
         num_bins (`int`, *optional*): Most bins per dimension; the model's `action_vocab_size` by default.
         gripper_dimension (`str`): `last`, `none`, or the index of the dimension that is open or closed.
-        cache_vision_codes (`bool`): Whether images are encoded once, before training.
+        keep_latent_head (`bool`, *optional*): Whether the policy can still decode latent codes; as in `model` by
+            default. The data of this command hold none to learn from: the head stays, the trunk under it moves.
+        augmentation (`bool`): Whether training images are cropped and their colours changed at random, as published for
+            real robots (`LapaImageAugmentation`). The saved processor crops the middle then.
+        cache_vision_codes (`bool`): Whether images are encoded once, before training; augmented ones never are.
         eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
     """
 
@@ -163,6 +167,11 @@ class FinetuneArguments:
     action_bins: str | None = field(default=None, metadata={"help": "csv with published bin edges."})
     num_bins: int | None = field(default=None, metadata={"help": "Most bins per action dimension."})
     gripper_dimension: str = field(default="last", metadata={"help": "`last`, `none`, or an index."})
+    keep_latent_head: bool | None = field(
+        default=None,
+        metadata={"help": "`true` or `false`: whether latent codes can still be decoded; as in `model` by default."},
+    )
+    augmentation: bool = field(default=False, metadata={"help": "Crop training images and change colours at random."})
     cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
     eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
 

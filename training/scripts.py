@@ -112,7 +112,10 @@ def _check_output(training_args: Any) -> None:
 
 
 def _train(trainer: Any, training_args: Any) -> None:
-    """Trains, from the checkpoint `resume_from_checkpoint` names (`last`: the newest, if there is one)."""
+    """Trains, from the checkpoint `resume_from_checkpoint` names (`last`: the newest, if there is one).
+
+    The output folder gets the metrics of the evaluation and, in `trainer_state.json`, the log of the whole run.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
     resume = training_args.resume_from_checkpoint
@@ -124,6 +127,7 @@ def _train(trainer: Any, training_args: Any) -> None:
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
+    trainer.save_state()
 
 
 def _evaluation(training_args: Any, eval_episodes: int) -> None:
@@ -394,6 +398,7 @@ def _finetune(script_args: FinetuneArguments, training_args: Any, model_args: An
     from trl import get_peft_config
 
     from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
+    from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
 
@@ -411,15 +416,24 @@ def _finetune(script_args: FinetuneArguments, training_args: Any, model_args: An
     sizes = _action_sizes(script_args, columns.actions.shape[1])
     key = script_args.unnorm_key or name
     processor = LapaProcessor.from_pretrained(script_args.model)
+    if script_args.keep_latent_head is not None:
+        sizes["keep_latent_head"] = script_args.keep_latent_head
     policy = LapaForActionPrediction.from_pretrained(
         script_args.model, **sizes, **_load_options(model_args.dtype, model_args.attn_implementation)
     )
     _prepare_actions(script_args, policy.config, processor, train_columns, key)
-    cache = script_args.cache_vision_codes
+    cache, augmentation = script_args.cache_vision_codes, None
+    if script_args.augmentation:
+        if train_columns.images is None:
+            raise ValueError("`augmentation` needs images, and `data` holds image codes.")
+        augmentation = LapaImageAugmentation()
+        # Before the evaluation's images are encoded, which are to be seen as the finished policy sees them.
+        processor.image_processor.do_center_crop = True
+    train_options = {"augmentation": augmentation, "seed": training_args.seed, "unnorm_key": key}
     trainer = LapaActionFinetuningTrainer(
         policy,
         training_args,
-        _dataset(train_columns, processor, policy, cache, unnorm_key=key),
+        _dataset(train_columns, processor, policy, cache and augmentation is None, **train_options),
         None if eval_columns is None else _dataset(eval_columns, processor, policy, cache, unnorm_key=key),
         processor,
         unnorm_key=key,
