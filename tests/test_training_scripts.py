@@ -159,6 +159,16 @@ def test_the_latent_head_is_kept_on_request(chain, tmp_path):
                 policy.predict_latent_action(**inputs)
 
 
+def test_augmented_finetuning_leaves_a_policy_that_crops(chain, bridge, tmp_path, capsys):
+    assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", "--augmentation") == 0
+    assert LapaProcessor.from_pretrained(tmp_path / "robot").image_processor.do_center_crop
+    assert not LapaProcessor.from_pretrained(chain / "policy").image_processor.do_center_crop
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"instruction": "push", "vision": [1] * 16, "raw_actions": [0.1] * 7}) + "\n")
+    assert finetune(chain, str(data), tmp_path / "codes", "--augmentation") == 2
+    assert "`augmentation` needs images" in capsys.readouterr().err
+
+
 def test_a_prompt_for_the_other_target_is_refused(chain):
     policy = LapaForLatentAction.from_pretrained(chain / "policy")
     processor = LapaProcessor.from_pretrained(chain / "policy")
