@@ -22,15 +22,15 @@ CORE = [
     "torch>=2.6",
     "transformers>=5.23",
     "datasets>=5.0",
-    "accelerate>=1.10",
+    "accelerate>=1.12",
     "peft>=0.19",
-    "huggingface_hub>=2.0",
+    "huggingface_hub>=1.31",
     "jinja2",
-    "safetensors>=0.6",
+    "safetensors>=0.8",
     "trl>=1.10",
-    "av>=14",
-    "numpy>=1.26",
-    "pillow>=10",
+    "av>=15",
+    "numpy>=2.0",
+    "pillow>=11",
     "protobuf",
     "sentencepiece",
     "tensorboard",
@@ -38,8 +38,8 @@ CORE = [
 EXTRAS = {
     # Conversion needs nothing beyond the core; the name exists so that `lapa[convert]` keeps meaning it.
     "convert": [],
-    "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.8"],
-    "quantize": ["bitsandbytes>=0.48"],
+    "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.9"],
+    "quantize": ["bitsandbytes>=0.49"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],

@@ -80,7 +80,10 @@ class NoiseSubstitutionQuantizer(CodebookQuantizer):
         else:
             if noise is None:
                 noise = torch.randn_like(embeddings)
-            residual_norm = (embeddings - hard).square().sum(1, keepdim=True).sqrt()
+            # An embedding can equal its code: two equal frames give the same one every time, and codes are re-seeded
+            # from embeddings. The root's gradient is infinite there, and NaN after it; zero is a subgradient.
+            squared = (embeddings - hard).square().sum(1, keepdim=True)
+            residual_norm = torch.where(squared > 0, squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt(), 0.0)
             noise_norm = noise.square().sum(1, keepdim=True).sqrt()
             quantized = embeddings + (residual_norm / noise_norm + EPSILON) * noise
         perplexity = code_perplexity(codes, self.codebook_size)

@@ -62,6 +62,23 @@ def test_stop_gradient_of_the_first_frame():
     assert not torch.allclose(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("variant", QUANTIZER_VARIANTS)
+def test_a_code_that_equals_its_embedding_leaves_gradients_finite(variant):
+    """As with two equal frames, whose embedding is the same every time, once a code was re-seeded from it."""
+    model = build(**QUANTIZER_VARIANTS[variant]).train()
+    pairs = training_batch(model)["pixel_values"]
+    embeddings = model.encode(pairs).latent_action_embeddings
+    if isinstance(model.vector_quantizer, FiniteScalarQuantizer):
+        pytest.skip("has no codebook")
+    with torch.no_grad():
+        model.vector_quantizer.codebook[0] = embeddings[0, 0]
+    output = model(pairs)
+    assert output.latent_action_codes[0, 0] == 0
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
 def test_nsvq_noise_has_the_length_of_the_error():
     model = build().train()
     embeddings = torch.randn(6, 8)

@@ -406,3 +406,16 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert args.lr_scheduler_type == "constant"
     assert json.dumps(args.to_dict())
     assert SimpleNamespace(**args.to_dict()).codebook_update == "reseed"
+
+
+def test_a_run_that_diverges_stops(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 5:
+                with torch.no_grad():
+                    model.to_pixels.bias[0] = float("nan")
+
+    trainer = trainer_for(tmp_path, callbacks=[Poison()], max_steps=20, logging_steps=2)
+    with pytest.raises(ValueError, match="reconstruction_loss.* is not a number at step 6.*`learning_rate`"):
+        trainer.train()
+    assert trainer.state.global_step == 6

@@ -1,5 +1,6 @@
 """What the trainers of all stages share: means of named numbers between logs and over an evaluation."""
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,18 @@ class MetricsTrainer(Trainer):
         """As in [`~transformers.Trainer`], with the means and metrics since the last training log."""
         if "loss" in logs:
             logs |= self._means.pop(self.accelerator.gather) | self.training_metrics()
+            self._refuse_nan(logs)
         super().log(logs, start_time)
+
+    def _refuse_nan(self, logs: dict[str, float]) -> None:
+        # `Trainer` shows a loss that is not a number as 0 and goes on; every weight is lost by then.
+        bad = [name for name, value in logs.items() if isinstance(value, float) and math.isnan(value)]
+        if bad:
+            raise ValueError(
+                f"training diverged: {', '.join(bad)} is not a number at step {self.state.global_step}. Go on from an "
+                f"earlier checkpoint with a lower `learning_rate` (now {self.args.learning_rate:g}) or a lower "
+                f"`max_grad_norm` (now {self.args.max_grad_norm:g})."
+            )
 
     def prediction_step(
         self,
