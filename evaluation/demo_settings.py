@@ -38,6 +38,10 @@ class DemoSettings:
     quantizer_steps: int = 2500
     quantizer_batch_size: int = 32
     quantizer_learning_rate: float = 3e-3
+    # A quantizer whose codes are hardly used by then never recovers; it is started again, from another seed.
+    quantizer_min_perplexity: float = 4.0
+    quantizer_min_perplexity_from: int = 600
+    quantizer_attempts: int = 3
 
     hidden_size: int = 96
     num_layers: int = 3

@@ -40,7 +40,7 @@ from lapa.training.arguments import (
     LapaQuantizerTrainingArguments,
 )
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
-from lapa.training.quantizer_trainer import LapaQuantizerTrainer
+from lapa.training.quantizer_trainer import CodebookCollapse, LapaQuantizerTrainer
 
 if TYPE_CHECKING:
     from lapa.evaluation.demo_rlds import RldsSettings
@@ -219,7 +219,28 @@ def run_training(trainer: Any, output: Path) -> list[dict[str, float]]:
 
 
 def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output: Path) -> list[dict[str, float]]:
-    """Stage 1."""
+    """Stage 1, started again from another seed where the codebook collapses; needs no label to see that."""
+    if output.is_dir():  # interrupted after the training had ended: its last checkpoint gives the log
+        return _train_quantizer(settings, seed, video, output)
+    for attempt in range(1, settings.quantizer_attempts + 1):
+        folder = output.with_name(f"{output.name}-attempt-{attempt}")
+        collapsed = folder / "collapsed.txt"
+        if collapsed.is_file():
+            continue
+        try:
+            log = _train_quantizer(settings, seed + 1000 * (attempt - 1), video, folder)
+        except CodebookCollapse as collapse:
+            print(f"attempt {attempt}: {collapse}")
+            collapsed.write_text(str(collapse), encoding="utf-8")
+            continue
+        os.replace(folder, output)
+        return log
+    raise CodebookCollapse(
+        f"the codebook collapsed in all {settings.quantizer_attempts} attempts; try another `--seed` (now {seed})."
+    )
+
+
+def _train_quantizer(settings: DemoSettings, seed: int, video: Recording, output: Path) -> list[dict[str, float]]:
     torch.manual_seed(seed)
     arguments = LapaQuantizerTrainingArguments(
         **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output)
@@ -227,6 +248,8 @@ def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output:
         | {"max_grad_norm": 0.006, "adam_epsilon": 1e-10},
         per_device_train_batch_size=settings.quantizer_batch_size,
         codebook_update_interval=25,
+        min_perplexity=settings.quantizer_min_perplexity,
+        min_perplexity_from=settings.quantizer_min_perplexity_from,
         num_sample_reconstructions=0,
     )
     dataset = FramePairDataset(video.episodes(), settings.frame_gap)

@@ -200,3 +200,28 @@ def test_progress_survives_a_crash_between_stages(tmp_path):
     assert again.stage("one", lambda: pytest.fail("ran again")) == {"value": 1}
     with pytest.raises(ValueError, match="other settings"):
         demo.Progress(tmp_path / "out", {"seed": 1}, restart=False)
+
+
+def test_a_collapsed_quantizer_is_started_again_from_another_seed(tmp_path, monkeypatch):
+    seeds = []
+
+    def train(settings, seed, video, output):
+        seeds.append(seed)
+        output.mkdir(parents=True, exist_ok=True)
+        if seed == 5:
+            raise demo_stages.CodebookCollapse("the codebook collapsed: perplexity 1.00")
+        (output / "model.safetensors").write_bytes(b"weights")
+        return [{"loss": 0.1}]
+
+    monkeypatch.setattr(demo_stages, "_train_quantizer", train)
+    output = tmp_path / "quantizer"
+    assert demo_stages.train_quantizer(DemoSettings(), 5, None, output) == [{"loss": 0.1}]
+    assert seeds == [5, 1005]
+    assert (output / "model.safetensors").is_file()
+    # An interrupted run does not try the collapsed seed again.
+    output.rename(tmp_path / "elsewhere")
+    demo_stages.train_quantizer(DemoSettings(), 5, None, output)
+    assert seeds == [5, 1005, 1005]
+    monkeypatch.setattr(demo_stages, "_train_quantizer", lambda *args: train(args[0], 5, *args[2:]))
+    with pytest.raises(demo_stages.CodebookCollapse, match="all 3 attempts"):
+        demo_stages.train_quantizer(DemoSettings(), 5, None, tmp_path / "never" / "quantizer")

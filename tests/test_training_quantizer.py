@@ -24,7 +24,7 @@ from lapa.training.codebook import (
     published_update_due,
     reseed_codes,
 )
-from lapa.training.quantizer_trainer import LapaQuantizerTrainer, reconstruction_grid
+from lapa.training.quantizer_trainer import CodebookCollapse, LapaQuantizerTrainer, reconstruction_grid
 
 SMALL = {"image_size": 16, "patch_size": 2, "hidden_size": 16, "head_dim": 8, "codebook_dim": 4}
 
@@ -419,3 +419,17 @@ def test_a_run_that_diverges_stops(tmp_path):
     with pytest.raises(ValueError, match="reconstruction_loss.* is not a number at step 6.*`learning_rate`"):
         trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_a_collapsed_codebook_stops_the_run(tmp_path):
+    class Collapse(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.vector_quantizer.codebook[1:] = 1e4
+
+    settings = {"max_steps": 20, "logging_steps": 2, "codebook_update_interval": 100}
+    with pytest.raises(CodebookCollapse, match="perplexity 1.00 at step 8, 1 of .* codes in use.*Another `seed`"):
+        trainer_for(tmp_path, callbacks=[Collapse()], min_perplexity=2.0, min_perplexity_from=7, **settings).train()
+    assert trainer_for(tmp_path, callbacks=[Collapse()], **settings).train().global_step == 20  # no limit by default
+    with pytest.raises(ValueError, match="`min_perplexity` must be at least 1"):
+        arguments(tmp_path, min_perplexity=0.5)

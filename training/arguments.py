@@ -40,6 +40,11 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         codebook_update_threshold (`float`, *optional*, defaults to `0.1`):
             `"reseed"`: a code is dead when its share of all codes is below this part of an even share
             (`1 / codebook_size`). `"published"`: the published meaning, uses per sample of a batch.
+        min_perplexity (`float`, *optional*):
+            Perplexity of the codes between two logs below which the training stops with `CodebookCollapse`; None sets no
+            limit.
+        min_perplexity_from (`int`, *optional*, defaults to `1000`):
+            First step at which that is looked at: codebooks fill up in the beginning.
 
         > Parameters that control the sample reconstructions
 
@@ -82,6 +87,10 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
     codebook_update_threshold: float = field(
         default=0.1, metadata={"help": "A code used less than this part of an even share is re-seeded."}
     )
+    min_perplexity: float | None = field(
+        default=None, metadata={"help": "Stop when the codes' perplexity is below this; no limit by default."}
+    )
+    min_perplexity_from: int = field(default=1000, metadata={"help": "First step at which that is looked at."})
     num_sample_reconstructions: int = field(
         default=8, metadata={"help": "Frame pairs drawn beside their reconstruction; 0 draws none."}
     )
@@ -95,10 +104,13 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.codebook_update_threshold < 1:
             raise ValueError(f"`codebook_update_threshold` must lie in [0, 1), got {self.codebook_update_threshold}.")
+        if self.min_perplexity is not None and self.min_perplexity < 1:
+            raise ValueError(f"`min_perplexity` must be at least 1, which one code has, got {self.min_perplexity}.")
         _check_at_least(
             self,
             {
                 "codebook_update_interval": 1,
+                "min_perplexity_from": 0,
                 "codebook_update_until": 0,
                 "num_sample_reconstructions": 0,
                 "sample_interval": 1,

@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 MAX_LOGGED_CODES = 64
 
 
+class CodebookCollapse(ValueError):
+    """A training that was stopped because hardly any code is in use."""
+
+
 class CodebookCallback(TrainerCallback):
     """Updates the codebook after an optimizer step, before anything is logged or saved."""
 
@@ -249,7 +253,17 @@ class LapaQuantizerTrainer(MetricsTrainer):
         """The use of the codes since the last training log, and how many were replaced so far."""
         metrics = self._usage_metrics(self._logged_counts)
         self._logged_counts.zero_()
+        self._refuse_collapse(metrics)
         return metrics | {"codes_replaced": float(self.codebook_state.num_replaced)}
+
+    def _refuse_collapse(self, metrics: dict[str, float]) -> None:
+        least, step = self.args.min_perplexity, self.state.global_step
+        if least is not None and step >= self.args.min_perplexity_from and metrics["perplexity"] < least:
+            raise CodebookCollapse(
+                f"the codebook collapsed: perplexity {metrics['perplexity']:.2f} at step {step}, "
+                f"{metrics['codes_used']:.0f} of {self.codebook_size} codes in use (`min_perplexity` {least:g}). Another "
+                f"`seed` (now {self.args.seed}) or a lower `learning_rate` (now {self.args.learning_rate:g}) may help."
+            )
 
     def evaluation_metrics(self) -> dict[str, float]:
         """The use of the codes in the evaluation."""
@@ -305,6 +319,7 @@ class LapaQuantizerTrainer(MetricsTrainer):
 
 __all__ = [
     "CodebookCallback",
+    "CodebookCollapse",
     "LapaQuantizerTrainer",
     "SampleReconstructionsCallback",
     "reconstruction_grid",
