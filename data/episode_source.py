@@ -86,6 +86,14 @@ class EpisodeSource(ABC):
             ReadError: By default, for what cannot be read.
         """
 
+    def wanted(self, shard: int, episodes: Sequence[int] | None) -> Sequence[int]:
+        """The episodes of a shard that `read` is asked for; raises `ValueError` for one that it does not have."""
+        count = self.shards[shard].num_episodes
+        for index in episodes or ():
+            if not 0 <= index < count:
+                raise ValueError(f"`episodes` has {index}; shard {self.shards[shard].name} has {count} episodes.")
+        return range(count) if episodes is None else episodes
+
     @property
     def num_episodes(self) -> int:
         """Of all shards."""

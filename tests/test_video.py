@@ -1,0 +1,567 @@
+"""Frames of videos: the same as decoding from start to end, in time, upright, and refused where they are damaged."""
+
+import io
+import pickle
+import random
+import struct
+from dataclasses import replace
+
+import av
+import fsspec
+import numpy as np
+import pytest
+from shared_files import shared_path
+from video_files import FRAME_RATE, decode_whole, encode_video, moving_frames
+
+from lapa.data import video_stream
+from lapa.data.av1_references import Av1References, UnfollowedError
+from lapa.data.schema import ReadError
+from lapa.data.video import VideoFrames
+from lapa.data.video_container import check_container
+from lapa.data.video_index import VideoIndex
+
+NUM_FRAMES = 72
+X264 = "b-adapt=0:scenecut=0"
+# Codec, container and options: orders and references of many kinds.
+VIDEOS = {
+    "h264": ("libx264", "mp4", {"g": "24", "bf": "3"}),
+    "h264 pyramid": ("libx264", "mp4", {"g": "36", "bf": "8", "x264-params": f"{X264}:b-pyramid=normal:ref=4"}),
+    "h264 open GOP": ("libx264", "matroska", {"x264-params": f"{X264}:keyint=20:min-keyint=20:open-gop=1:bframes=5"}),
+    "h264 intra refresh": ("libx264", "mp4", {"x264-params": "intra-refresh=1:keyint=15:bframes=2"}),
+    "h264 interlaced": ("libx264", "mp4", {"x264-params": "interlaced=1:keyint=20"}),
+    "h264 fragments": ("libx264", "mp4", {"g": "24"}),
+    "hevc open GOP": ("libx265", "mp4", {"x265-params": "log-level=none:keyint=24:open-gop=1"}),
+    "hevc layers": ("libx265", "matroska", {"x265-params": "log-level=none:keyint=24:temporal-layers=3:b-adapt=0"}),
+    "av1": ("libsvtav1", "mp4", {"g": "32", "preset": "12"}),
+    "av1 pyramid": ("libsvtav1", "mp4", {"preset": "9", "svtav1-params": "film-grain=8:keyint=300"}),
+    "av1 low delay": ("libsvtav1", "webm", {"preset": "12", "svtav1-params": "pred-struct=1:keyint=300"}),
+    "av1 short GOP": ("libsvtav1", "webm", {"g": "2", "preset": "12"}),
+    "vp9": ("libvpx-vp9", "webm", {"g": "24", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "10"}),
+    "vp8": ("libvpx", "webm", {"g": "40", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1"}),
+    "mpeg4": ("mpeg4", "mp4", {"g": "12", "bf": "2"}),
+    "mpeg4 in avi": ("mpeg4", "avi", {"g": "12", "bf": "0"}),
+    "mpeg4 in avi, reordered": ("mpeg4", "avi", {"g": "12", "bf": "2"}),
+    "one GOP": ("libx264", "mp4", {"g": "250"}),
+}
+
+
+@pytest.fixture(scope="module", params=VIDEOS)
+def video(request) -> tuple[bytes, list[np.ndarray], np.ndarray]:
+    """A video, all of its frames and their times."""
+    codec, container, options = VIDEOS[request.param]
+    fragments = {"movflags": "frag_keyframe+empty_moov"} if "fragments" in request.param else None
+    frames = moving_frames(NUM_FRAMES)
+    # Frames are shown 1 to 3 thirtieths of a second apart.
+    times = np.cumsum(np.random.default_rng(1).integers(1, 4, NUM_FRAMES)).tolist()
+    content = encode_video(
+        frames, codec, container, options, container_options=fragments, times=None if container == "avi" else times
+    )
+    return content, *decode_whole(content)
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected):
+        assert one.dtype == np.uint8
+        assert one.flags.c_contiguous
+        np.testing.assert_array_equal(one, other)
+
+
+def test_frames_are_those_of_decoding_from_start_to_end(video, request, monkeypatch):
+    content, whole, _ = video
+    frames = VideoFrames(content)
+    if not frames.index.counted and "intra refresh" not in request.node.callspec.id:
+        # And they are got at without decoding the whole.
+        monkeypatch.setattr(video_stream.OpenVideo, "decode_all", lambda self: pytest.fail("decodes from the start"))
+    assert len(frames) == len(whole) == NUM_FRAMES
+    assert_same(frames.read(range(NUM_FRAMES)), whole)
+    draw = random.Random(0)
+    for count in (1, 1, 1, 2, 2, 4, 7):
+        steps = [draw.randrange(NUM_FRAMES) for _ in range(count)]
+        assert_same(frames.read(steps), [whole[step] for step in steps])
+    assert_same([frames[-1]], whole[-1:])
+    assert_same(frames[10:14], whole[10:14])
+
+
+def test_times_are_those_of_the_container(video, request):
+    content, _, times = video
+    frames = VideoFrames(content)
+    assert frames.timestamps.dtype == np.float64
+    np.testing.assert_allclose(frames.timestamps, times, atol=1e-9)
+    assert frames.index.counted == ("reordered" in request.node.callspec.id)
+    if not frames.index.counted and "avi" not in request.node.callspec.id:
+        assert len(set(np.diff(frames.timestamps).round(3))) > 2, "no variable frame rate in this test"
+
+
+def test_a_range_has_the_frames_in_it(video):
+    content, whole, times = video
+    start, stop = float(times[31]), float(times[50])
+    frames = VideoFrames(content, start=start, stop=stop)
+    # Half an average interval of tolerance may take in a neighbour where the frame rate varies.
+    first = int(np.flatnonzero([np.array_equal(frame, frames[0]) for frame in whole])[0])
+    assert abs(first - 31) <= 1
+    assert abs(len(frames) - 19) <= 2
+    assert_same(frames.read(range(len(frames))), whole[first : first + len(frames)])
+    np.testing.assert_allclose(frames.timestamps, times[first : first + len(frames)] - times[first], atol=1e-9)
+
+
+def test_ranges_share_out_a_video_as_lerobot_lays_episodes_end_to_end():
+    content = encode_video(moving_frames(90), options={"g": "2"})
+    whole, _ = decode_whole(content)
+    lengths, start, collected = [17, 40, 33], 0, []
+    for length in lengths:
+        stop = start + length
+        # Sums of rounded durations are not exact.
+        drift = 0.004
+        episode = VideoFrames(
+            content, start=start / FRAME_RATE + drift, stop=stop / FRAME_RATE + drift, num_frames=length
+        )
+        assert len(episode) == length
+        collected += episode.read(range(length))
+        start = stop
+    assert_same(collected, whole)
+
+
+@pytest.mark.parametrize("skipped", [30, 45])
+def test_frames_before_an_edit_list_starts_are_no_frames(skipped):
+    """A copy of a part of a video starts with what its first frame is decoded from, which is not shown."""
+    whole_content = encode_video(moving_frames(NUM_FRAMES), options={"g": "60"})
+    file = io.BytesIO()
+    with av.open(io.BytesIO(whole_content)) as container, av.open(file, "w", format="mp4") as output:
+        stream = container.streams.video[0]
+        copy = output.add_stream_from_template(stream)
+        shift = int(skipped / FRAME_RATE / stream.time_base)
+        for packet in container.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                output.mux(packet)
+    content = file.getvalue()
+    expected = decode_whole(whole_content)[0][skipped:]
+    assert_same(decode_whole(content)[0], expected)
+    frames = VideoFrames(content)
+    assert_same(frames.read(range(len(frames))), expected)
+    np.testing.assert_allclose(frames.timestamps, np.arange(len(expected)) / FRAME_RATE, atol=1e-6)
+    part = VideoFrames(content, start=10 / FRAME_RATE, stop=20 / FRAME_RATE)
+    assert not part.index.counted
+    assert_same(part.read(range(len(part))), expected[10:20])
+
+
+def packets_of(content: bytes) -> list[bytes]:
+    """Packets of the video, in the order of the file."""
+    with av.open(io.BytesIO(content)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def test_only_the_groups_of_pictures_that_are_asked_for_are_decoded():
+    """With the second group of three overwritten, frames of the others are still read."""
+    content = encode_video(moving_frames(NUM_FRAMES), options={"g": "24"})
+    whole, _ = decode_whole(content)
+    frames = VideoFrames(content)
+    assert len(frames) == NUM_FRAMES
+    damaged = content
+    for packet in packets_of(content)[24:48]:
+        damaged = damaged.replace(packet, b"\xff" * len(packet))
+    frames.file = damaged
+    assert_same(frames.read([60, 5, 20]), [whole[60], whole[5], whole[20]])
+    with pytest.raises(
+        ReadError, match="the frame at .* of a video in memory cannot be decoded|in memory: the frame at"
+    ):
+        frames.read([30])
+
+
+@pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2", "x264-params": X264}], ids=["in order", "reordered"])
+def test_frames_that_are_patched_up_by_the_decoder_are_refused(options):
+    """libav fills in what is lost of a frame from its neighbours, and says so of that frame, not of those after it."""
+    content = encode_video(moving_frames(24, 192, 128), options={"g": "12", "qp": "20"} | options)
+    whole, _ = decode_whole(content)
+    packets = packets_of(content)
+    place = VideoFrames(content).index.frames.tolist().index(4)
+    damaged = bytearray(content)
+    start = content.index(packets[4]) + len(packets[4]) * 2 // 3
+    damaged[start : start + 4] = b"\xff" * 4
+    concealed, _ = decode_whole(bytes(damaged))
+    assert len(concealed) == 24, "libav gives a frame"
+    differ = [step for step in range(24) if not np.array_equal(concealed[step], whole[step])]
+    assert place in differ
+    assert {place + 1, 11} <= set(differ)
+    frames = VideoFrames(bytes(damaged))
+    for step in range(24):
+        if step in differ:
+            with pytest.raises(ReadError, match=r"in memory: the frame at 0\.\d+ s is damaged"):
+                frames.read([step])
+        elif step in (0, 12, 23):
+            assert_same(frames.read([step]), [whole[step]])
+    assert_same(frames.read([23, 0]), [whole[23], whole[0]])
+
+
+def test_packets_that_show_nothing_are_no_frames():
+    """VP8's alternate references: a packet whose frame is decoded and not shown."""
+    codec, container, options = VIDEOS["vp8"]
+    content = encode_video(moving_frames(20), codec, container, options)
+    packet = packets_of(content)[7]
+    content = content.replace(packet, bytes([packet[0] & ~0x10]) + packet[1:])
+    whole, times = decode_whole(content)
+    assert len(whole) == 19
+    frames = VideoFrames(content)
+    np.testing.assert_allclose(frames.timestamps, times, atol=1e-9)
+    assert_same(frames.read(range(19)), whole)
+
+
+def test_what_a_frame_is_decoded_from():
+    """Packets 3 and 4 are the leading pictures of an open GOP: in the file after the keyframe 2, in time before it."""
+    index = VideoIndex(np.array([0, 1, 4, 2, 3, 5, 6, 7]), np.array([0, 2, 6]), np.arange(8), np.arange(8.0))
+    assert [index.keyframe_before(position) for position in range(8)] == [0, 0, 1, 0, 0, 1, 2, 2]
+    assert index.runs([0, 1, 4, 5]) == [[0, 1, 4, 5]]
+    assert index.runs([0, 5, 7]) == [[0], [5, 7]]
+    assert index.runs([0, 7]) == [[0], [7]]
+
+
+def test_unreferenced_frames_of_hevc_are_left_out_only_without_layers():
+    extradata = {}
+    for name in ("hevc open GOP", "hevc layers"):
+        codec, container, options = VIDEOS[name]
+        with av.open(io.BytesIO(encode_video(moving_frames(5), codec, container, options))) as video:
+            extradata[name] = video.streams.video[0].codec_context.extradata
+    assert video_stream._skips_unreferenced("hevc", extradata["hevc open GOP"])
+    assert not video_stream._skips_unreferenced("hevc", extradata["hevc layers"])
+    assert not video_stream._skips_unreferenced("hevc", None)
+    assert not video_stream._skips_unreferenced("vp9", None)
+
+
+def test_frames_that_nothing_refers_to_are_not_decoded(monkeypatch):
+    """In a stream of every second frame unreferenced, as many are left out of what the decoder gives."""
+    given = []
+    decode = video_stream.OpenVideo._decode
+    monkeypatch.setattr(
+        video_stream.OpenVideo, "_decode", lambda self, packet: given.extend(out := decode(self, packet)) or out
+    )
+    options = {"g": "250", "x264-params": f"{X264}:bframes=1:keyint=250"}
+    content = encode_video(moving_frames(NUM_FRAMES), options=options)
+    frames = VideoFrames(content)
+    frames.read([NUM_FRAMES - 2])
+    assert len(given) < 0.6 * NUM_FRAMES
+
+
+def test_of_av1_only_what_a_frame_refers_to_is_decoded(monkeypatch):
+    codec, container, options = VIDEOS["av1 pyramid"]
+    content = encode_video(moving_frames(NUM_FRAMES), codec, container, options)
+    whole, _ = decode_whole(content)
+    frames = VideoFrames(content)
+    sources = frames.index.sources
+    assert sources[0] == ()
+    assert all(sources[1:]), "only the first is decoded from nothing"
+    assert all(source < position for position, packet in enumerate(sources) for source in packet)
+    sent = []
+    decode = video_stream.OpenVideo._decode
+    monkeypatch.setattr(
+        video_stream.OpenVideo, "_decode", lambda self, packet: sent.append(packet) or decode(self, packet)
+    )
+    assert_same(frames.read([NUM_FRAMES - 3]), [whole[NUM_FRAMES - 3]])
+    assert len(sent) < NUM_FRAMES / 4
+
+
+def test_av1_that_cannot_be_followed_is_decoded_in_order():
+    """Headers that are cut, or say nothing of the stream, or name a frame that was not seen, are not guessed at."""
+    codec, container, options = VIDEOS["av1"]
+    content = encode_video(moving_frames(8), codec, container, options)
+    with av.open(io.BytesIO(content)) as video:
+        extradata = video.streams.video[0].codec_context.extradata
+    first, second, *_ = packets_of(content)
+    followed = Av1References(extradata)
+    assert [followed.add(0, memoryview(first)), followed.add(1, memoryview(second))] == [(), (0,)]
+    with pytest.raises(UnfollowedError, match="before the start"):
+        Av1References(extradata).add(0, memoryview(second))
+    with pytest.raises(UnfollowedError, match="before any sequence header"):
+        Av1References(None).add(0, memoryview(second))
+    for packet in (first[:20], b"\x16\xff\xff", b"\x0c", first[:3] + b"\xff" * 9):
+        references = Av1References(extradata)
+        with pytest.raises(UnfollowedError):
+            references.add(0, memoryview(packet))
+            references.add(1, memoryview(second))
+    frames = VideoFrames(content)
+    frames._index = replace(frames.index, sources=None)
+    assert_same(frames.read([6]), decode_whole(content)[0][6:7])
+
+
+@pytest.mark.parametrize(
+    ("rotation", "mirrored", "turn"),
+    [
+        (0, False, lambda frame: frame),
+        (90, False, lambda frame: np.rot90(frame)),
+        (180, False, lambda frame: np.rot90(frame, 2)),
+        (-90, False, lambda frame: np.rot90(frame, -1)),
+        (0, True, lambda frame: frame[:, ::-1]),
+        (90, True, None),
+    ],
+)
+def test_frames_are_turned_upright(rotation, mirrored, turn):
+    content = encode_video(moving_frames(4), rotation=rotation, mirrored=mirrored)
+    whole, _ = decode_whole(content)
+    (frame,) = VideoFrames(content).read([2])
+    if turn is None:
+        # Mirrored and turned: libav's own filter for that is what players show.
+        turn = lambda frame: _filtered(content, 2)  # noqa: E731
+    np.testing.assert_array_equal(frame, turn(whole[2]))
+
+
+def _filtered(content: bytes, step: int) -> np.ndarray:
+    """A frame by libavfilter's transposition, by the display matrix's own words: mirrored after a quarter turn."""
+    with av.open(io.BytesIO(content)) as container:
+        frame = list(container.decode(video=0))[step]
+        matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32).reshape(3, 3)[:2, :2] / 65536
+        array = frame.to_ndarray(format="rgb24", threads=1)
+    height, width = array.shape[:2]
+    rows, columns = np.mgrid[:height, :width]
+    x, y = matrix.T @ np.stack([columns.ravel(), rows.ravel()])
+    x, y = (x - x.min()).astype(int), (y - y.min()).astype(int)
+    shown = np.zeros((y.max() + 1, x.max() + 1, 3), np.uint8)
+    shown[y, x] = array.reshape(-1, 3)
+    return shown
+
+
+def test_real_video_in_every_format(tmp_path):
+    """A person handling a pan, re-encoded: frames and times agree within what the codecs lose."""
+    path = shared_path("data/human_video/flipping_a_pancake.mkv")
+    original = VideoFrames(str(path))
+    assert len(original) >= 300
+    assert original.timestamps[-1] == pytest.approx((len(original) - 1) / 30, abs=0.05)
+    frames = original.read(range(60))
+    pair = (7, 55)
+    for codec, container in (("libx264", "mp4"), ("libsvtav1", "mp4"), ("libvpx-vp9", "webm"), ("libx265", "mov")):
+        options = {"deadline": "realtime", "cpu-used": "8"} if "vpx" in codec else {"preset": "12"}
+        options = {"preset": "ultrafast"} if codec.startswith("libx26") else options
+        copy = VideoFrames(encode_video(frames, codec, container, options))
+        np.testing.assert_allclose(copy.timestamps, np.arange(60) / FRAME_RATE, atol=1e-3)
+        for step, frame in zip(pair, copy.read(pair)):
+            error = np.abs(frame.astype(int) - frames[step]).mean()
+            assert error < 6, f"{codec}: mean difference {error}"
+
+
+def test_bytes_paths_and_urls_give_the_same(tmp_path, monkeypatch):
+    content = encode_video(moving_frames(12))
+    # What looks like a protocol in a name, or a list of files, is a name.
+    path = tmp_path / "concat:a|b, with blanks.mp4"
+    path.write_bytes(content)
+    with fsspec.open("memory://clips/one.mp4", "wb") as file:
+        file.write(content)
+    expected = VideoFrames(content).read([3, 9])
+    monkeypatch.chdir(tmp_path)
+    for source in (str(path), path.name, "memory://clips/one.mp4"):
+        assert_same(VideoFrames(source).read([3, 9]), expected)
+    assert_same(VideoFrames(content, thread_count=2).read([3, 9]), expected)
+
+
+def test_a_pickle_carries_the_index_and_no_open_file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_video(moving_frames(12)))
+    frames = VideoFrames(str(path))
+    expected = frames.read([5])
+    copy = pickle.loads(pickle.dumps(frames))
+    path.rename(tmp_path / "elsewhere.mp4")
+    assert len(copy) == 12
+    np.testing.assert_array_equal(copy.timestamps, frames.timestamps)
+    with pytest.raises(ReadError, match=r"clip\.mp4 cannot be read as video: No such file"):
+        copy.read([5])
+    (tmp_path / "elsewhere.mp4").rename(path)
+    assert_same(copy.read([5]), expected)
+
+
+def test_nothing_is_opened_before_it_is_needed():
+    frames = VideoFrames("/no/such/file.mp4", num_frames=7)
+    assert len(frames) == 7
+    assert frames.read([]) == []
+    with pytest.raises(ReadError, match="/no/such/file.mp4"):
+        frames.read([0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": -1.0}, "`start` must be at least 0 seconds, got -1.0"),
+        ({"start": 2.0, "stop": 2.0}, "`stop` must lie after `start` (2 s), got 2.0"),
+        ({"num_frames": 0}, "`num_frames` must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError) as error:
+        VideoFrames("clip.mp4", **arguments)
+    assert message in str(error.value)
+
+
+def test_fewer_frames_than_announced_are_an_error():
+    content = encode_video(moving_frames(12))
+    assert len(VideoFrames(content, num_frames=10).read(range(10))) == 10
+    with pytest.raises(ReadError, match="12 frames from 0 s, 13 expected"):
+        VideoFrames(content, num_frames=13).read([0])
+    with pytest.raises(ReadError, match="0 frames from 5 s"):
+        len(VideoFrames(content, start=5.0))
+    with pytest.raises(IndexError, match="frame 12 of 12"):
+        VideoFrames(content).read([12])
+    with pytest.raises(ReadError, match="1 video streams; `stream` 3"):
+        len(VideoFrames(content, stream=3))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mp4 index first", "matroska", "webm", "avi"])
+@pytest.mark.parametrize("share", [0.03, 0.4, 0.8, 0.999])
+def test_a_video_that_is_cut_short_is_an_error(kind, share, tmp_path):
+    codec = "libvpx-vp9" if kind == "webm" else "mpeg4" if kind == "avi" else "libx264"
+    options = {"deadline": "realtime", "cpu-used": "8"} if kind == "webm" else {}
+    path = tmp_path / f"clip.{kind.split()[0]}"
+    content = encode_video(moving_frames(40), codec, kind.split()[0], options)
+    if "first" in kind:
+        content = _index_first(content)
+    path.write_bytes(content)
+    assert len(VideoFrames(str(path))) == 40
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ReadError, match=str(path)) as error:
+        VideoFrames(str(path)).read([0])
+    assert share < 0.4 or f"bytes, it has {int(len(content) * share)}" in str(error.value)
+
+
+def test_a_frame_that_is_cut_off_is_an_error():
+    """The boxes agree with the file's size, its last frames lie beyond it."""
+    content = _index_first(encode_video(moving_frames(40)))
+    place = content.index(b"mdat") - 4
+    short = bytearray(content[: (place + len(content)) // 2])
+    short[place : place + 4] = (len(short) - place).to_bytes(4, "big")
+    with pytest.raises(ReadError, match=r"in memory: the frame at \d.\d+ s is cut off"):
+        len(VideoFrames(bytes(short)))
+
+
+def _index_first(content: bytes) -> bytes:
+    """An MP4 file with its index moved before the frames, as files for the web have it."""
+    boxes, position = {}, 0
+    while position < len(content):
+        (size,) = struct.unpack(">I", content[position : position + 4])
+        boxes[content[position + 4 : position + 8]] = content[position : position + size]
+        position += size
+    moov = bytearray(boxes[b"moov"])
+    place = moov.index(b"stco") + 8
+    for entry in range(struct.unpack(">I", moov[place : place + 4])[0]):
+        at = place + 4 + 4 * entry
+        moov[at : at + 4] = struct.pack(">I", struct.unpack(">I", moov[at : at + 4])[0] + len(moov))
+    return boxes.pop(b"ftyp") + bytes(moov) + b"".join(box for name, box in boxes.items() if name != b"moov")
+
+
+def test_what_does_not_tell_its_size_passes():
+    for content in (b"", b"RIFF", b"\x1a\x45\xdf\xa3\x01\xff", b"\x1a\x45\xdf\xa3\x00", b"\0" * 64, b"\xff" * 64):
+        check_container(io.BytesIO(content), "file")
+    live = bytearray(encode_video(moving_frames(3), container="matroska"))
+    place = live.index(b"\x18\x53\x80\x67") + 4
+    with pytest.raises(ReadError, match=f"file is cut short: it announces {len(live)} bytes, it has {len(live) - 1}"):
+        check_container(io.BytesIO(live[:-1]), "file")
+    live[place : place + 8] = b"\x01" + b"\xff" * 7
+    check_container(io.BytesIO(live[:-1]), "file")
+
+
+@pytest.mark.parametrize(
+    ("table", "offset", "value"),
+    [
+        (b"stsz", 12, 1 << 28),
+        (b"stts", 12, 1 << 28),
+        (b"ctts", 12, 1 << 28),
+        (b"elst", 8, 1 << 24),
+        (b"trun", 8, 1 << 28),
+    ],
+)
+def test_tables_that_announce_more_than_the_file_holds_are_refused(table, offset, value):
+    """libav would allocate gigabytes for a few bytes."""
+    fragments = {"movflags": "frag_keyframe+empty_moov"} if table == b"trun" else None
+    content = bytearray(encode_video(moving_frames(12), container_options=fragments))
+    check_container(io.BytesIO(content), "file")
+    place = content.index(table) + offset
+    content[place : place + 4] = value.to_bytes(4, "big")
+    with pytest.raises(ReadError, match=rf"announces \d+ samples.* in {len(content)} bytes"):
+        VideoFrames(bytes(content)).read([0])
+
+
+def test_a_file_cannot_make_another_be_opened(tmp_path):
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(encode_video(moving_frames(6)))
+    for name, content in {
+        "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+        "script.mp4": f"ffconcat version 1.0\nfile {secret.name}\n",
+        "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    }.items():
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(ReadError, match=f"{name} cannot be read as video"):
+            len(VideoFrames(str(path)))
+    transport = encode_video(moving_frames(6), container="mpegts")
+    with pytest.raises(ReadError, match="it is not MP4, MOV, Matroska, WebM or AVI"):
+        len(VideoFrames(transport))
+
+
+def test_frames_beyond_the_limit_are_not_decoded(monkeypatch):
+    content = encode_video(moving_frames(4))
+    monkeypatch.setattr(video_stream, "MAX_FRAME_PIXELS", 96 * 64 - 1)
+    with pytest.raises(ReadError, match="frames of 96 x 64 pixels; at most 6143"):
+        len(VideoFrames(content))
+
+
+def test_more_frames_than_the_limit_are_not_read(monkeypatch):
+    content = encode_video(moving_frames(4))
+    monkeypatch.setattr(video_stream, "MAX_PACKETS", 3)
+    with pytest.raises(ReadError, match="more than 3 frames"):
+        len(VideoFrames(content))
+
+
+def test_a_stream_larger_than_its_container_says_is_not_decoded(monkeypatch):
+    """The container's size is not the decoder's: libav gets the limit too."""
+    content = encode_video(moving_frames(4))
+    monkeypatch.setattr(video_stream.OpenVideo, "_pick_stream", lambda self: self._container.streams.video[0])
+    monkeypatch.setattr(video_stream, "MAX_FRAME_PIXELS", 96 * 64 - 1)
+    with pytest.raises(ReadError):
+        VideoFrames(content).read([0])
+
+
+def test_a_sound_file_is_no_video():
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 160), np.int16), layout="mono")
+        frame.sample_rate = 8000
+        output.mux(stream.encode(frame))
+    with pytest.raises(ReadError, match="holds no video"):
+        len(VideoFrames(file.getvalue()))
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """The file with some bytes changed, a piece left out, doubled or cut off."""
+    damaged = bytearray(content)
+    for _ in range(draw.choice((1, 1, 3, 30))):
+        place = draw.randrange(len(damaged) if draw.random() < 0.5 else min(len(damaged), 700))
+        damaged[place] = draw.choice((0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)))
+    if draw.random() < 0.2:
+        place, length = draw.randrange(len(damaged)), draw.randrange(1, 64)
+        piece = damaged[place : place + length]
+        damaged[place : place + length] = draw.choice((b"", piece * 2, bytes(length)))
+    return bytes(damaged[: draw.randrange(len(damaged))] if draw.random() < 0.1 else damaged)
+
+
+def fuzz(count: int, seed: int) -> int:
+    """Reads damaged videos; whatever happens but frames or a `ReadError` ends the test. Returns how many were refused."""
+    draw = random.Random(seed)
+    small = moving_frames(10, 64, 48)
+    kinds = [VIDEOS[name] for name in ("h264", "hevc open GOP", "av1", "vp9", "vp8", "mpeg4", "mpeg4 in avi")]
+    contents = [encode_video(small, *kind) for kind in kinds]
+    contents.append(encode_video(small, rotation=90, container_options={"movflags": "frag_keyframe+empty_moov"}))
+    refused = 0
+    for _ in range(count):
+        frames = VideoFrames(mutated(draw.choice(contents), draw), start=draw.choice((0.0, 0.0, 0.1)))
+        try:
+            for frame in frames.read([draw.randrange(len(frames)), 0]):
+                assert frame.dtype == np.uint8
+                assert frame.size <= 3 * video_stream.MAX_FRAME_PIXELS
+        except ReadError:
+            refused += 1
+    return refused
+
+
+def test_damaged_videos_give_frames_or_an_error():
+    assert 20 < fuzz(300, seed=0) < 300
+
+
+@pytest.mark.slow
+def test_many_damaged_videos_give_frames_or_an_error():
+    assert fuzz(20_000, seed=1) > 1000
