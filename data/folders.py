@@ -100,6 +100,9 @@ class ClipSource(EpisodeSource):
         metadata: dict[str, object] | None = None,
     ) -> Episode:
         """The episode of a video; its packets are read here, its frames when they are asked for."""
+        metadata = dict(metadata or {})
+        if frames.index.counted:
+            metadata["times"] = "from the average frame rate: the file has none"
         return Episode(
             episode_id=episode_id,
             source=self.name,
@@ -108,7 +111,7 @@ class ClipSource(EpisodeSource):
             instructions=instructions,
             timestamps=frames.timestamps,
             embodiment=self.embodiment,
-            metadata=metadata or {},
+            metadata=metadata,
         )
 
 

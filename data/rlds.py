@@ -1,333 +1,310 @@
-"""RLDS folders (TFDS, TFRecord), read without TensorFlow. What a folder holds is told by its `features.json`."""
+"""RLDS data sets (TFDS folders of TFRecord files, as Open X-Embodiment is distributed), read without TensorFlow."""
 
-import io
-import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from lapa.data.schema import Episode
-from lapa.data.tfrecord import FeatureValues, decode_feature, parse_example, read_tfrecord
+from lapa.data.episode_source import ROBOT_GAP_SECONDS, EpisodeSource, OnError, SourceShard, raise_error
+from lapa.data.open_x import OpenXDataset, open_x_dataset
+from lapa.data.open_x_actions import ActionTransform, StepFeatures
+from lapa.data.rlds_episodes import EpisodeFiles, ExampleSteps, Selection
+from lapa.data.schema import DELTA_END_EFFECTOR, Episode
+from lapa.data.tfds_features import FeatureSpec
+from lapa.data.tfds_folder import RldsFolder, ShardFile, newest_version
 
-DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-STEPS = "steps"
-METADATA = "episode_metadata"
 # Where data sets keep the instruction, by their own habits; the first that exists is read.
 INSTRUCTION_KEYS = (
     "language_instruction",
     "observation/natural_language_instruction",
     "observation/language_instruction",
 )
-PROPRIO_KEY = "observation/state"
+ACTION, PROPRIO_KEY = "action", "observation/state"
+# The action that `open_x` says how to make.
+AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class FeatureSpec:
-    """One leaf of `features.json`: `kind` is image, text or tensor; `shape` has -1 where it varies."""
-
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    encoding: str = "none"
-
-
-class EncodedFrames(Sequence[NDArray[np.uint8]]):
-    """JPEG or PNG frames, decoded one at a time when read: (height, width, 3) uint8 RGB."""
-
-    def __init__(self, encoded: Sequence[bytes], name: str) -> None:
-        self.encoded = encoded
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    @overload
-    def __getitem__(self, index: int) -> NDArray[np.uint8]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "EncodedFrames": ...
-    def __getitem__(self, index: int | slice) -> "NDArray[np.uint8] | EncodedFrames":
-        if isinstance(index, slice):
-            return EncodedFrames(self.encoded[index], self.name)
-        try:
-            with Image.open(io.BytesIO(self.encoded[index])) as image:
-                return np.array(image.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"frame {index} of {self.name} is no readable image: {error}.") from error
-
-    def is_blank(self) -> bool:
-        """Whether every frame is the same single colour, which is how TFDS fills in a camera that is not there."""
-        if any(frame != self.encoded[0] for frame in self.encoded):
-            return False
-        first = self[0]
-        return bool((first == first[0, 0]).all())
-
-
-def _leaf(node: Mapping[str, Any]) -> FeatureSpec | None:
-    """Spec of a node of `features.json`; None where it is no leaf that can be read."""
-    if "image" in node:
-        image = node["image"]
-        return FeatureSpec("image", image.get("dtype", "uint8"), _shape(image), image.get("encodingFormat") or "")
-    if "text" in node:
-        return FeatureSpec("text", "string", ())
-    if "classLabel" in node:
-        return FeatureSpec("tensor", "int64", ())
-    if "tensor" in node:
-        tensor = node["tensor"]
-        return FeatureSpec("tensor", tensor["dtype"], _shape(tensor), tensor.get("encoding", "none"))
-    return None
-
-
-def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.get("shape", {}).get("dimensions", ()))
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, FeatureSpec]:
-    """Leaves of a tree of features by their path. Sequences inside a step are left out: no field here needs them."""
-    leaves: dict[str, FeatureSpec] = {}
-    children = node.get("featuresDict", {}).get("features")
-    if children is None:
-        spec = _leaf(node)
-        return {prefix: spec} if spec is not None else {}
-    for name, child in children.items():
-        leaves |= _flatten(child, f"{prefix}/{name}" if prefix else name)
-    return leaves
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        inner = sorted(str(file.parent) for file in path.parent.glob(f"*/{path.name}"))
-        hint = f"; did you mean {', '.join(inner)}?" if inner else ""
-        raise ValueError(f"{path.parent} is no RLDS folder: {path.name} is missing{hint}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
-
-
-class RldsFolder:
+class RldsSource(EpisodeSource):
     r"""
-    One version folder of a TFDS data set in RLDS form.
+    One split of an RLDS data set.
+
+    What differs between the data sets of Open X-Embodiment is looked up by the name of the data set in
+    `lapa.data.open_x`: cameras and their order, instruction, control frequency, and how to make an action of 7 numbers
+    (`DELTA_END_EFFECTOR`: displacement and rotation of the end effector, and a gripper that is 1 open or 0 closed). What
+    is passed here wins over the table. A data set that is not in it is read with its actions as they are recorded, and
+    `warnings` says so.
+
+    A local file is gone through once by the headers of its records; each episode is then read by itself. A remote file
+    is read from its start to the last episode that is wanted, what is not wanted being skipped; where episodes are
+    wanted out of order it is copied to a temporary file that is removed afterwards. The checksum of every length and of
+    every record read is checked: a damaged record is one error, and the next is still read; a damaged length is one
+    error for all that follow in the file, whose number it tells.
 
     Args:
-        path (`str` or `Path`): Folder with `features.json` and `dataset_info.json`.
+        path (`str`): Version folder (with `features.json` and `dataset_info.json`), or the folder of a data set, of
+            which the newest version is taken. Local, or an fsspec URL (`gs://`, `hf://`, `https://`).
+        split (`str`, *optional*): Split, of which every file must be here. When None, what is here of `train` (of the
+            first split, if there is no `train`); files that are listed but absent are then warnings.
+        cameras (`Sequence[str]`, *optional*): Cameras to read, by their name below `observation` or as `primary`,
+            `secondary` and `wrist` of the table; all colour images when None, those of the table first. A camera whose
+            frames are all one colour is left out of an episode.
+        frame_gap_seconds (`float`, *optional*): Default time between the frames of a pair; 0.6 s when None.
+        embodiment (`str`, *optional*): Robot; the table's when None.
+        unnorm_key (`str`, *optional*): Name under which the statistics of the actions are kept; that of the data set
+            when None.
+        frequency (`float`, *optional*): Control steps per second, which RLDS does not record; the table's when None.
+            Unknown, episodes have no timestamps.
+        instruction_key (`str` or `Sequence[str]`, *optional*): Step features with instructions; the table's, or the
+            usual names, when None.
+        action_keys (`Sequence[str]`, *optional*): Step features that together are the action as it is recorded. None
+            means `action`, or all numbers below `action/`; an empty list reads none.
+        action_transform (`str` or callable, *optional*): `auto` for the table's unless `action_keys` are given; None for
+            actions as recorded; or a function from step features (indexed by their path, as `action/world_vector`) to
+            (num_steps, 7) float32, importable by name so that it pickles.
+        proprio_keys (`Sequence[str]`, *optional*): Step features that together are the proprioception; `observation/state`
+            if there is one when None.
+        dataset (`str`, *optional*): Name in the table, where the folder has another one.
 
     Raises:
-        ValueError: Not such a folder.
+        ValueError: No RLDS folder; a split, camera or feature that is not there (what there is, is listed); a requested
+            file that is missing; an argument out of range.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        features = _read_json(self.path / "features.json").get("featuresDict", {}).get("features", {})
-        self.info = _read_json(self.path / "dataset_info.json")
-        self.name = str(self.info.get("name", self.path.parent.name))
-        file_format = self.info.get("fileFormat", "tfrecord")
-        if file_format != "tfrecord":
-            raise ValueError(f"{self.path} stores {file_format!r}; only 'tfrecord' can be read.")
-        if "sequence" not in features.get(STEPS, {}):
-            raise ValueError(f"{self.path / 'features.json'} has no `{STEPS}`: this is no RLDS data set.")
-        self.step_features = _flatten(features[STEPS]["sequence"]["feature"])
-        self.metadata_features = _flatten(features.get(METADATA, {}))
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        split: str | None = None,
+        cameras: Sequence[str] | None = None,
+        frame_gap_seconds: float | None = None,
+        embodiment: str | None = None,
+        unnorm_key: str | None = None,
+        frequency: float | None = None,
+        instruction_key: str | Sequence[str] | None = None,
+        action_keys: Sequence[str] | None = None,
+        action_transform: str | ActionTransform | None = AUTO,
+        proprio_keys: Sequence[str] | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        folder = RldsFolder(newest_version(str(path)))
+        row, notes = _table_row(folder, dataset, frequency)
+        files, absent = _split_files(folder, split)
+        split = split or _default_split(folder)
+        chosen_cameras, more = _cameras(folder, cameras, row)
+        notes += more
+        instruction_keys, more = _instruction_keys(folder, instruction_key, row)
+        notes += more
+        action, more = _action(folder, action_keys, action_transform, row)
+        notes += more
+        selection = Selection(
+            cameras=chosen_cameras,
+            instruction_keys=instruction_keys,
+            proprio_keys=_proprio_keys(folder, proprio_keys),
+            frequency=_positive("frequency", frequency if frequency is not None or row is None else row.frequency),
+            embodiment=embodiment if embodiment is not None or row is None else row.embodiment,
+            **action,
+        )
+        self.folder, self.dataset = folder, row
+        self.name = f"{folder.name}/{split}"
+        self.frame_gap_seconds = _positive("frame_gap_seconds", frame_gap_seconds) or ROBOT_GAP_SECONDS
+        self.embodiment = selection.embodiment
+        self.unnorm_key = folder.name if unnorm_key is None else unnorm_key
+        self.warnings = (*notes, *absent)
+        self._files, self._episodes = files, EpisodeFiles(folder, split, selection)
+        self._shards = tuple(SourceShard(file.name, file.num_records) for file in files)
+
+    @staticmethod
+    def recognises(path: str) -> bool:
+        """Whether `path` is a version folder of a TFDS data set, or a folder with such folders in it."""
+        try:
+            RldsFolder(newest_version(path))
+        except ValueError:
+            return False
+        return True
 
     @property
-    def splits(self) -> tuple[str, ...]:
-        """Splits that `dataset_info.json` lists, whether or not their files are here."""
-        return tuple(split["name"] for split in self.info.get("splits", ()))
+    def shards(self) -> tuple[SourceShard, ...]:
+        """See `EpisodeSource.shards`."""
+        return self._shards
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Colour images among the observations, by name."""
-        paths = [
-            path
-            for path, spec in self.step_features.items()
-            if spec.kind == "image" and spec.dtype == "uint8" and (not spec.shape or spec.shape[-1] == 3)
+        """See `EpisodeSource.cameras`."""
+        return self._episodes.selection.cameras
+
+    @property
+    def frequency(self) -> float | None:
+        """Control steps per second, where they are known."""
+        return self._episodes.selection.frequency
+
+    @property
+    def action_names(self) -> tuple[str, ...] | None:
+        """What each number of an action is, where that is known."""
+        return self._episodes.selection.action_names
+
+    def read(
+        self, shard: int, episodes: Sequence[int] | None = None, on_error: OnError = raise_error
+    ) -> Iterator[tuple[int, Episode]]:
+        """Reads episodes of a file; see `EpisodeSource.read`."""
+        file = self._files[shard]
+        for index in episodes or ():
+            if not 0 <= index < file.num_records:
+                raise ValueError(f"`episodes` has {index}; shard {file.name} has {file.num_records} episodes.")
+        yield from self._episodes.read(file, episodes, on_error)
+
+
+def _table_row(
+    folder: RldsFolder, dataset: str | None, frequency: float | None
+) -> tuple[OpenXDataset | None, list[str]]:
+    """Row of the table for a folder, and what there is to say about it."""
+    row = open_x_dataset(folder.name if dataset is None else dataset)
+    if row is None:
+        if dataset is not None:
+            raise ValueError(f"`dataset` {dataset!r} is not in the table of lapa.data.open_x.")
+        unknown = "" if frequency is not None else ", and without timestamps as its `frequency` is not known"
+        return None, [
+            f"{folder.name} is not in the table of Open X-Embodiment data sets: it is read with its actions as they are "
+            f"recorded{unknown}"
         ]
-        return tuple(sorted(path.removeprefix("observation/") for path in paths))
-
-    def shards(self, split: str) -> list[tuple[Path, int]]:
-        """
-        Files of a split with their numbers of records.
-
-        Raises:
-            ValueError: An unknown split, or a split whose file is not here; the file is named.
-        """
-        entry = next((entry for entry in self.info.get("splits", ()) if entry["name"] == split), None)
-        if entry is None:
-            raise ValueError(f"`split` {split!r} is unknown; {self.path} lists {', '.join(self.splits) or 'none'}.")
-        lengths = [int(length) for length in entry["shardLengths"]]
-        template = entry.get("filepathTemplate") or DEFAULT_TEMPLATE
-        shards = []
-        for index, length in enumerate(lengths):
-            name = template.format(
-                DATASET=self.name,
-                SPLIT=split,
-                FILEFORMAT="tfrecord",
-                SHARD_X_OF_Y=f"{index:05d}-of-{len(lengths):05d}",
-            )
-            if not (self.path / name).is_file():
-                raise ValueError(f"`split` {split!r} needs the file {self.path / name}, which is missing.")
-            shards.append((self.path / name, length))
-        return shards
+    if folder.version and folder.version not in row.versions:
+        known = " or ".join(row.versions)
+        return row, [f"{folder.name} is of version {folder.version}; the table's actions are those of version {known}"]
+    return row, []
 
 
-def _array(values: FeatureValues, spec: FeatureSpec, name: str) -> NDArray[Any]:
-    """Stored values of a tensor feature -> (count, *shape)."""
-    if any(size < 0 for size in spec.shape):
-        raise ValueError(f"feature {name!r} has shape {spec.shape}, which varies; only fixed shapes can be read.")
-    dtype = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
-    if isinstance(values, list):
-        if spec.encoding not in ("bytes", "zlib"):
-            raise ValueError(f"feature {name!r} holds bytes where {spec.dtype} numbers are announced.")
-        raw = b"".join(zlib.decompress(value) if spec.encoding == "zlib" else value for value in values)
-        flat: NDArray[Any] = np.frombuffer(raw, dtype=dtype)
+def _default_split(folder: RldsFolder) -> str:
+    if not folder.splits:
+        raise ValueError(f"{folder.path} lists no splits.")
+    return "train" if "train" in folder.splits else folder.splits[0]
+
+
+def _split_files(folder: RldsFolder, split: str | None) -> tuple[tuple[ShardFile, ...], list[str]]:
+    """Files to read, and what is listed but absent."""
+    if split is not None:
+        files, name = folder.shards(split), split
     else:
-        flat = values.astype(dtype)
-    size = int(np.prod(spec.shape, dtype=np.int64))
-    if size == 0 or flat.size % size:
-        raise ValueError(f"feature {name!r} holds {flat.size} numbers, no multiple of its shape {spec.shape}.")
-    return flat.reshape(-1, *spec.shape)
+        name = _default_split(folder)
+        files, _ = folder.split_files(name)
+        if not files:
+            # All are missing: said as it would be had they been asked for.
+            files = folder.shards(name)
+    notes = []
+    for other in folder.splits:
+        present, absent = folder.split_files(other)
+        if absent:
+            part = "its only file" if len(absent) == 1 and not present else f"{len(absent)} of its files"
+            notes.append(f"split {other!r} lacks {part}: {folder.describe(absent)} listed but absent")
+    return files, notes
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """Which features become which field of an episode."""
+def _cameras(
+    folder: RldsFolder, cameras: Sequence[str] | None, row: OpenXDataset | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Cameras to read, in order."""
+    roles = {} if row is None else row.cameras
+    if cameras is not None:
+        chosen = [camera if camera in folder.cameras else roles.get(camera, camera) for camera in cameras]
+        _check("cameras", chosen, folder, folder.cameras)
+        return tuple(dict.fromkeys(chosen)), []
+    absent = [camera for camera in roles.values() if camera not in folder.cameras]
+    known = [camera for camera in roles.values() if camera in folder.cameras]
+    notes = [f"{folder.name} lacks the camera {camera!r}, which the table names" for camera in absent]
+    return tuple(dict.fromkeys([*known, *folder.cameras])), notes
 
-    cameras: tuple[str, ...]
-    action_keys: tuple[str, ...]
-    proprio_keys: tuple[str, ...]
-    instruction_key: str | None
+
+def _instruction_keys(
+    folder: RldsFolder, chosen: str | Sequence[str] | None, row: OpenXDataset | None
+) -> tuple[tuple[str, ...], list[str]]:
+    if chosen is not None:
+        keys = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        _check("instruction_key", keys, folder, [key for key, spec in folder.step_features.items() if spec.is_text])
+        return keys, []
+    usual = tuple(key for key in INSTRUCTION_KEYS if key in folder.step_features)[:1]
+    if row is None:
+        return usual, []
+    known = tuple(key for key in row.instruction_keys if key in folder.step_features)
+    if known:
+        return known, []
+    return usual, [f"{folder.name} lacks the instruction {row.instruction_keys[0]!r}, which the table names"]
 
 
-def _select(
+def _action(
     folder: RldsFolder,
-    cameras: Sequence[str] | None,
-    action_keys: Sequence[str] | None,
-    proprio_keys: Sequence[str] | None,
-    instruction_key: str | None,
-) -> _Selection:
-    """Fills in defaults and checks that every feature asked for exists."""
-    known = folder.step_features
-    if action_keys is None:
-        action_keys = [path for path in known if path == "action"]
-        parts = [path for path in known if path.startswith("action/")]
-        if parts:
+    keys: Sequence[str] | None,
+    transform: str | ActionTransform | None,
+    row: OpenXDataset | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a selection that say how the action is made."""
+    if isinstance(transform, str) and transform != AUTO:
+        raise ValueError(f"`action_transform` must be {AUTO!r}, None or a function, got {transform!r}.")
+    notes: list[str] = []
+    if callable(transform):
+        if keys is not None:
+            raise ValueError("`action_keys` and `action_transform` exclude each other; give one.")
+        _try_transform(folder, transform)
+        return {"action_keys": (), "action_transform": transform, "action_names": DELTA_END_EFFECTOR}, notes
+    if transform == AUTO and row is not None and keys is None:
+        try:
+            _try_transform(folder, row.action_transform)
+        except ValueError as error:
+            notes.append(f"actions are as recorded, since those of the table do not fit: {error}")
+        else:
+            transform = row.action_transform
+            return {"action_keys": (), "action_transform": transform, "action_names": DELTA_END_EFFECTOR}, notes
+    if keys is not None:
+        _check("action_keys", keys, folder, _numeric(folder))
+        return {"action_keys": tuple(keys)}, notes
+    if ACTION in _numeric(folder):
+        return {"action_keys": (ACTION,)}, notes
+    parts = [key for key in _action_parts(folder) if key in _numeric(folder)]
+    names = [name for key in parts for name in _number_names(key, folder.step_features[key])]
+    return {"action_keys": tuple(parts), "action_names": tuple(names) or None}, notes
+
+
+def _action_parts(folder: RldsFolder) -> list[str]:
+    return [key for key in folder.step_features if key.startswith(f"{ACTION}/")]
+
+
+def _number_names(key: str, spec: FeatureSpec) -> list[str]:
+    """Names of the numbers of one part of an action."""
+    name = key.removeprefix(f"{ACTION}/")
+    if not spec.shape:
+        return [name]
+    return [f"{name}{list(index)}" for index in np.ndindex(*spec.shape)]
+
+
+def _try_transform(folder: RldsFolder, transform: ActionTransform) -> None:
+    """Checks a transform against the features of a folder."""
+    shape = np.shape(transform(ExampleSteps(folder)))
+    if shape != (2, len(DELTA_END_EFFECTOR)):
+        raise ValueError(f"`action_transform` makes {shape} of two steps, (2, {len(DELTA_END_EFFECTOR)}) is needed.")
+
+
+def _proprio_keys(folder: RldsFolder, keys: Sequence[str] | None) -> tuple[str, ...]:
+    if keys is None:
+        return (PROPRIO_KEY,) if PROPRIO_KEY in _numeric(folder) else ()
+    _check("proprio_keys", keys, folder, _numeric(folder))
+    return tuple(keys)
+
+
+def _numeric(folder: RldsFolder) -> list[str]:
+    """Step features that are a fixed number of numbers."""
+    return [key for key, spec in folder.step_features.items() if spec.is_numeric]
+
+
+def _check(name: str, keys: Sequence[str], folder: RldsFolder, options: Sequence[str]) -> None:
+    for key in keys:
+        if key not in options:
             raise ValueError(
-                f"the action of {folder.path} has parts; choose by `action_keys` among {', '.join(parts)}."
+                f"`{name}` has {key!r}, which {folder.path} lacks; it has {', '.join(options) or 'none'}."
             )
-    if proprio_keys is None:
-        proprio_keys = [PROPRIO_KEY] if PROPRIO_KEY in known else []
-    if instruction_key is None:
-        instruction_key = next((key for key in INSTRUCTION_KEYS if key in known), None)
-    for name, keys, options in (
-        ("cameras", cameras or (), folder.cameras),
-        ("action_keys", action_keys, tuple(known)),
-        ("proprio_keys", proprio_keys, tuple(known)),
-        ("instruction_key", [instruction_key] if instruction_key else [], tuple(known)),
-    ):
-        for key in keys:
-            if key not in options:
-                raise ValueError(
-                    f"`{name}` has {key!r}, which {folder.path} lacks; it has {', '.join(options) or 'none'}."
-                )
-    chosen = folder.cameras if cameras is None else tuple(cameras)
-    return _Selection(chosen, tuple(action_keys), tuple(proprio_keys), instruction_key)
 
 
-class _Record:
-    """One parsed record with the specs to read it by."""
-
-    def __init__(self, content: bytes, folder: RldsFolder) -> None:
-        self.features = parse_example(content)
-        self.folder = folder
-
-    def _values(self, name: str) -> FeatureValues:
-        if name not in self.features:
-            raise ValueError(f"the record has no feature {name!r}, which features.json announces.")
-        return decode_feature(self.features[name])
-
-    def vectors(self, keys: Sequence[str]) -> NDArray[np.float32] | None:
-        """Numeric step features, flattened per step and joined: (num_steps, dim) float32; None for no keys."""
-        if not keys:
-            return None
-        columns = []
-        for key in keys:
-            array = _array(self._values(f"{STEPS}/{key}"), self.folder.step_features[key], key)
-            columns.append(array.reshape(len(array), -1).astype(np.float32))
-        if len({len(column) for column in columns}) != 1:
-            raise ValueError(f"features {', '.join(keys)} have unequal numbers of steps: {[len(c) for c in columns]}.")
-        return np.concatenate(columns, axis=1)
-
-    def frames(self, camera: str, name: str) -> EncodedFrames:
-        path = camera if camera in self.folder.step_features else f"observation/{camera}"
-        encoded = self._values(f"{STEPS}/{path}")
-        if not isinstance(encoded, list):
-            raise ValueError(f"camera {camera!r} holds numbers where encoded images are announced.")
-        return EncodedFrames(encoded, f"camera {camera!r} of {name}")
-
-    def instructions(self, key: str | None) -> tuple[str, ...]:
-        """Distinct non-empty instructions in order of appearance."""
-        if key is None:
-            return ()
-        values = self._values(f"{STEPS}/{key}")
-        if not isinstance(values, list):
-            raise ValueError(f"feature {key!r} holds numbers where text is announced.")
-        texts = dict.fromkeys(value.decode("utf-8", errors="replace").strip() for value in values)
-        return tuple(text for text in texts if text)
-
-    def num_steps(self) -> int:
-        """Length of the episode, by the first step feature that the record has."""
-        for path, spec in self.folder.step_features.items():
-            if f"{STEPS}/{path}" in self.features and all(size >= 0 for size in spec.shape):
-                values = self._values(f"{STEPS}/{path}")
-                if isinstance(values, list):
-                    return len(values)
-                return len(_array(values, spec, path))
-        raise ValueError("the record has no step feature of a fixed shape.")
-
-    def metadata(self) -> dict[str, object]:
-        """Scalars and texts of the episode as a whole."""
-        result: dict[str, object] = {}
-        for path, spec in self.folder.metadata_features.items():
-            if spec.kind == "image" or spec.shape or f"{METADATA}/{path}" not in self.features:
-                continue
-            values = self._values(f"{METADATA}/{path}")
-            if isinstance(values, list):
-                result[path] = b"".join(values).decode("utf-8", errors="replace")
-            else:
-                result[path] = _array(values, spec, path)[0].item()
-        return result
-
-
-def _episode(
-    record: _Record,
-    selection: _Selection,
-    episode_id: str,
-    source: str,
-    frequency: float | None,
-    embodiment: str | None,
-) -> Episode:
-    frames = {camera: record.frames(camera, episode_id) for camera in selection.cameras}
-    num_steps = record.num_steps()
-    return Episode(
-        episode_id=episode_id,
-        source=source,
-        frames={camera: encoded for camera, encoded in frames.items() if not encoded.is_blank()},
-        num_steps=num_steps,
-        instructions=record.instructions(selection.instruction_key),
-        action=record.vectors(selection.action_keys),
-        proprio=record.vectors(selection.proprio_keys),
-        timestamps=None if frequency is None else np.arange(num_steps) / frequency,
-        embodiment=embodiment,
-        metadata=record.metadata(),
-    )
+def _positive(name: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    return value
 
 
 def read_rlds(
@@ -342,7 +319,7 @@ def read_rlds(
     embodiment: str | None = None,
 ) -> Iterator[Episode]:
     """
-    Reads the episodes of a split, in the order of the files.
+    Reads the episodes of a split as they are recorded, in the order of the files; the table of `RldsSource` is not used.
 
     Args:
         path: Version folder of a TFDS data set, with `features.json` and `dataset_info.json`.
@@ -364,33 +341,21 @@ def read_rlds(
             named by file and byte position.
     """
     folder = RldsFolder(path)
-    shards = folder.shards(split)
-    selection = _select(folder, cameras, action_keys, proprio_keys, instruction_key)
-    if frequency is not None and not frequency > 0:
-        raise ValueError(f"`frequency` must be positive, got {frequency}.")
-    return _read_shards(folder, split, shards, selection, frequency, embodiment)
+    files = folder.shards(split)
+    parts = _action_parts(folder)
+    if action_keys is None and parts:
+        raise ValueError(f"the action of {folder.path} has parts; choose by `action_keys` among {', '.join(parts)}.")
+    action, _ = _action(folder, action_keys, None, None)
+    selection = Selection(
+        cameras=_cameras(folder, cameras, None)[0],
+        instruction_keys=_instruction_keys(folder, instruction_key, None)[0],
+        proprio_keys=_proprio_keys(folder, proprio_keys),
+        frequency=_positive("frequency", frequency),
+        embodiment=embodiment,
+        **action,
+    )
+    episodes = EpisodeFiles(folder, split, selection)
+    return (episode for file in files for _, episode in episodes.read(file, None, raise_error))
 
 
-def _read_shards(
-    folder: RldsFolder,
-    split: str,
-    shards: list[tuple[Path, int]],
-    selection: _Selection,
-    frequency: float | None,
-    embodiment: str | None,
-) -> Iterator[Episode]:
-    source = f"{folder.name}/{split}"
-    for shard, (file, length) in enumerate(shards):
-        index = 0
-        for position, content in read_tfrecord(file):
-            try:
-                record = _Record(content, folder)
-                yield _episode(record, selection, f"{shard:05d}-{index:05d}", source, frequency, embodiment)
-            except ValueError as error:
-                raise ValueError(f"{file}, record at byte {position}: {error}") from error
-            index += 1
-        if index != length:
-            raise ValueError(f"{file} has {index} records, dataset_info.json announces {length}.")
-
-
-__all__ = ["EncodedFrames", "FeatureSpec", "RldsFolder", "read_rlds"]
+__all__ = ["ActionTransform", "RldsFolder", "RldsSource", "StepFeatures", "read_rlds"]

@@ -1,82 +1,23 @@
-"""TFRecord files and `tf.train.Example` messages, read without TensorFlow."""
+"""TFRecord files, read without TensorFlow: record by record, or any record of a local file at once."""
 
 import struct
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Reversed Castagnoli polynomial, and the constant that TFRecord adds to a rotated checksum.
-POLYNOMIAL = 0x82F63B78
+from lapa.data.crc32c import crc32c
+from lapa.data.episode_source import OnError
+from lapa.data.schema import ReadError
+
+# What TFRecord adds to a rotated checksum.
 MASK_DELTA = 0xA282EAD8
-# Bytes per lane of the vectorised checksum.
-LANE_BYTES = 64
-HEADER_BYTES = 12
-FOOTER_BYTES = 4
-
-FeatureValues = list[bytes] | NDArray[np.float32] | NDArray[np.int64]
-
-
-@cache
-def _byte_table() -> NDArray[np.uint32]:
-    """Checksum register after each of the 256 bytes, from a register of zero."""
-    register = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        register = np.where(register & 1, (register >> 1) ^ np.uint32(POLYNOMIAL), register >> 1)
-    return register.astype(np.uint32)
-
-
-@cache
-def _advance_tables(level: int) -> NDArray[np.uint32]:
-    """Tables (4, 256) that carry a register, byte by byte, over `LANE_BYTES * 2 ** level` zero bytes."""
-    registers = (np.arange(256, dtype=np.uint32)[None] << (8 * np.arange(4, dtype=np.uint32))[:, None]).reshape(-1)
-    if level == 0:
-        for _ in range(LANE_BYTES):
-            registers = _byte_table()[registers & 0xFF] ^ (registers >> 8)
-    else:
-        registers = _advance(_advance(registers, level - 1), level - 1)
-    return registers.reshape(4, 256)
-
-
-def _advance(registers: NDArray[np.uint32], level: int) -> NDArray[np.uint32]:
-    tables = _advance_tables(level)
-    result: NDArray[np.uint32] = tables[0][registers & 0xFF] ^ tables[1][(registers >> 8) & 0xFF]
-    result ^= tables[2][(registers >> 16) & 0xFF] ^ tables[3][registers >> 24]
-    return result
-
-
-def crc32c(data: bytes | memoryview) -> int:
-    """
-    CRC-32C (Castagnoli) of bytes.
-
-    The register is linear in the data, so lanes of `LANE_BYTES` run side by side and are joined pairwise. Leading zero
-    bytes leave a register of zero alone, which is what fills the first lane up.
-    """
-    if len(data) < 4:
-        register = 0xFFFFFFFF
-        for byte in data:
-            register = int(_byte_table()[(register ^ byte) & 0xFF]) ^ (register >> 8)
-        return register ^ 0xFFFFFFFF
-    num_lanes = -(-len(data) // LANE_BYTES)
-    padded = np.zeros(num_lanes * LANE_BYTES, dtype=np.uint8)
-    start = len(padded) - len(data)
-    padded[start:] = np.frombuffer(data, dtype=np.uint8)
-    # A register that starts with ones is one that starts with zeros and reads four inverted bytes.
-    padded[start : start + 4] ^= 0xFF
-    columns = np.ascontiguousarray(padded.reshape(num_lanes, LANE_BYTES).T)
-    registers = np.zeros(num_lanes, dtype=np.uint32)
-    table = _byte_table()
-    for column in columns:
-        registers = table[(registers ^ column) & 0xFF] ^ (registers >> 8)
-    level = 0
-    while len(registers) > 1:
-        if len(registers) % 2:
-            registers = np.concatenate([np.zeros(1, dtype=np.uint32), registers])
-        registers = _advance(registers[0::2], level) ^ registers[1::2]
-        level += 1
-    return int(registers[0]) ^ 0xFFFFFFFF
+# A length and its checksum before the content of a record, the checksum of the content after it.
+HEADER_BYTES, FOOTER_BYTES = 12, 4
+# How much is asked for at once where the size of a file is not known: what a forged length makes us allocate.
+PIECE_BYTES = 1 << 24
 
 
 def masked_crc32c(data: bytes | memoryview) -> int:
@@ -85,126 +26,181 @@ def masked_crc32c(data: bytes | memoryview) -> int:
     return (((checksum >> 15) | (checksum << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
-def read_tfrecord(path: Path) -> Iterator[tuple[int, bytes]]:
-    """
-    Reads the records of a file, with their checksums checked.
+class Record(NamedTuple):
+    """A record: its number in the file, the byte it starts at, and its content."""
 
-    Yields:
-        Byte position of the record in the file, and its content.
+    number: int
+    position: int
+    content: bytes
 
-    Raises:
-        ValueError: A checksum that does not fit, or a file that ends inside a record: file and byte position.
+
+@dataclass(frozen=True)
+class RecordIndex:
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
-        while position < size:
-            header = file.read(HEADER_BYTES)
-            if len(header) < HEADER_BYTES:
-                raise ValueError(f"{path} ends inside a record header at byte {position}: the file is cut short.")
-            length, checksum = struct.unpack("<QI", header)
-            if masked_crc32c(header[:8]) != checksum:
-                raise ValueError(
-                    f"{path} is corrupt at byte {position}: the checksum of a record length does not fit."
-                )
-            if position + HEADER_BYTES + length + FOOTER_BYTES > size:
-                raise ValueError(f"{path} ends inside the record at byte {position}: the file is cut short.")
-            content = file.read(length)
-            if masked_crc32c(content) != struct.unpack("<I", file.read(FOOTER_BYTES))[0]:
-                raise ValueError(f"{path} is corrupt at byte {position}: the checksum of a record does not fit.")
-            yield position, content
+    Where the records of a file lie.
+
+    Args:
+        positions (`NDArray`): (num_records,) int64, byte at which the header of each begins.
+        lengths (`NDArray`): (num_records,) int64, bytes of the content of each.
+        problem (`str`, *optional*): Why there are no more records; None where the file simply ends there.
+        has_more (`bool`): Whether the file goes on after the records that were looked for.
+    """
+
+    positions: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    problem: str | None = None
+    has_more: bool = False
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class RecordReader:
+    """
+    Reads the records of one file in the order they are asked for, or any of them from an open local file.
+
+    Args:
+        file (`IO[bytes]`): Open at its start.
+        name (`str`): Of the file, for messages.
+        size (`int`, *optional*): Bytes of the file, where that is known.
+        num_records (`int`): How many it is said to hold.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, size: int | None, num_records: int) -> None:
+        self.file, self.name, self.size, self.num_records = file, name, size, num_records
+
+    def make_index(self) -> RecordIndex:
+        """Goes through the headers, without reading contents, up to the number of records that is announced."""
+        positions: list[int] = []
+        lengths: list[int] = []
+        position, problem = 0, None
+        while len(positions) < self.num_records:
+            self.file.seek(position)
+            try:
+                length = self._length(position)
+            except ReadError as error:
+                problem = str(error)
+                break
+            if length is None:
+                break
+            positions.append(position)
+            lengths.append(length)
             position += HEADER_BYTES + length + FOOTER_BYTES
+        has_more = problem is None and self.size is not None and position < self.size
+        return RecordIndex(
+            np.asarray(positions, dtype=np.int64), np.asarray(lengths, dtype=np.int64), problem, has_more
+        )
+
+    def read(self, index: RecordIndex, wanted: Sequence[int] | None, on_error: OnError) -> Iterator[Record]:
+        """
+        Reads records by their numbers.
+
+        Args:
+            index: Of this file.
+            wanted: Numbers, in any order; all when None.
+            on_error: Called with what cannot be read: once for each content that is damaged, and once for all records
+                that a damaged length makes unreachable.
+        """
+        reported = False
+        for number in range(self.num_records) if wanted is None else wanted:
+            if number >= len(index):
+                if not reported:
+                    on_error(self._lost(len(index), index.problem))
+                reported = True
+                continue
+            position = int(index.positions[number])
+            try:
+                self.file.seek(position + HEADER_BYTES)
+                content = self._content(position, int(index.lengths[number]))
+            except ReadError as error:
+                on_error(error)
+                continue
+            yield Record(number, position, content)
+        if wanted is None and index.has_more:
+            on_error(self._surplus())
+
+    def stream(self, wanted: Sequence[int] | None, on_error: OnError) -> Iterator[Record]:
+        """
+        Reads records going through the file once.
+
+        Args:
+            wanted: Numbers, ascending; all when None.
+            on_error: As for `read`.
+        """
+        position = number = 0
+        for target in range(self.num_records) if wanted is None else wanted:
+            while True:
+                try:
+                    length = self._length(position)
+                except ReadError as error:
+                    on_error(self._lost(number, str(error)))
+                    return
+                if length is None:
+                    on_error(self._lost(number, None))
+                    return
+                start, position = position, position + HEADER_BYTES + length + FOOTER_BYTES
+                number += 1
+                if number > target:
+                    break
+                self._skip(length + FOOTER_BYTES)
+            try:
+                content = self._content(start, length)
+            except ReadError as error:
+                on_error(error)
+                continue
+            yield Record(target, start, content)
+        if wanted is None and self.file.read(1):
+            on_error(self._surplus())
+
+    def _length(self, position: int) -> int | None:
+        """Length of the record whose header comes next; None at the end of the file."""
+        header = self._read(HEADER_BYTES)
+        if not header:
+            return None
+        if len(header) < HEADER_BYTES:
+            raise ReadError(f"{self.name} ends inside a record header at byte {position}: the file is cut short")
+        length, checksum = struct.unpack("<QI", header)
+        if masked_crc32c(header[:8]) != checksum:
+            raise ReadError(f"{self.name} is corrupt at byte {position}: the checksum of a record length does not fit")
+        if self.size is not None and position + HEADER_BYTES + length + FOOTER_BYTES > self.size:
+            raise ReadError(f"{self.name} ends inside the record at byte {position}: the file is cut short")
+        return int(length)
+
+    def _content(self, position: int, length: int) -> bytes:
+        """Content that comes next, with its checksum checked."""
+        content, footer = self._read(length), self._read(FOOTER_BYTES)
+        if len(content) < length or len(footer) < FOOTER_BYTES:
+            raise ReadError(f"{self.name} ends inside the record at byte {position}: the file is cut short.")
+        if masked_crc32c(content) != struct.unpack("<I", footer)[0]:
+            raise ReadError(f"{self.name} is corrupt at byte {position}: the checksum of a record does not fit.")
+        return content
+
+    def _read(self, count: int) -> bytes:
+        """Bytes that come next; fewer only at the end of the file."""
+        # What the size of the file has vouched for can be asked for at once.
+        most = count if self.size is not None else PIECE_BYTES
+        pieces: list[bytes] = []
+        while count and (piece := self.file.read(min(count, most))):
+            pieces.append(piece)
+            count -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _skip(self, count: int) -> None:
+        if self.file.seekable():
+            self.file.seek(count, 1)
+            return
+        while count and (piece := self.file.read(min(count, PIECE_BYTES))):
+            count -= len(piece)
+
+    def _lost(self, found: int, problem: str | None) -> ReadError:
+        said = problem or f"{self.name} has {found} records, dataset_info.json announces {self.num_records}"
+        return ReadError(f"{said}; {self.num_records - found} of its {self.num_records} announced episodes are lost.")
+
+    def _surplus(self) -> ReadError:
+        return ReadError(
+            f"{self.name} goes on after the {self.num_records} records that dataset_info.json announces; what follows is "
+            "not read."
+        )
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """Number at `position`, and the position after it."""
-    value = shift = 0
-    while True:
-        if position >= len(data) or shift > 63:
-            raise ValueError("a protobuf number is cut short")
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
-    """Field number, wire type and value (bytes for types 1, 2 and 5, a number for 0) of a protobuf message."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        wire_type = tag & 7
-        value: memoryview | int
-        if wire_type == 0:
-            value, position = _varint(data, position)
-            yield tag >> 3, wire_type, value
-            continue
-        if wire_type == 2:
-            length, position = _varint(data, position)
-        elif wire_type in (1, 5):
-            length = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"a protobuf field has wire type {wire_type}")
-        if position + length > len(data):
-            raise ValueError("a protobuf field is cut short")
-        yield tag >> 3, wire_type, data[position : position + length]
-        position += length
-
-
-def _messages(data: memoryview, number: int) -> Iterator[memoryview]:
-    """Length-delimited fields of one number."""
-    for field_number, wire_type, value in _fields(data):
-        if field_number == number and wire_type == 2 and isinstance(value, memoryview):
-            yield value
-
-
-def _packed_varints(data: memoryview) -> NDArray[np.int64]:
-    """Packed varints -> int64; negative numbers are two's complement over ten bytes."""
-    octets = np.frombuffer(data, dtype=np.uint8)
-    if octets.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    ends = np.flatnonzero(octets < 0x80)
-    if ends.size == 0 or ends[-1] != octets.size - 1:
-        raise ValueError("a protobuf number is cut short")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(octets.size) - np.repeat(starts, ends - starts + 1)
-    parts = (octets & 0x7F).astype(np.uint64) << (7 * place).astype(np.uint64)
-    return np.bitwise_or.reduceat(parts, starts).astype(np.int64)
-
-
-def parse_example(content: bytes) -> dict[str, memoryview]:
-    """`tf.train.Example` -> feature name to its undecoded `tf.train.Feature`, see `decode_feature`."""
-    features: dict[str, memoryview] = {}
-    for feature_map in _messages(memoryview(content), 1):
-        for entry in _messages(feature_map, 1):
-            key = next(_messages(entry, 1), memoryview(b""))
-            features[bytes(key).decode("utf-8")] = next(_messages(entry, 2), memoryview(b""))
-    return features
-
-
-def decode_feature(feature: memoryview) -> FeatureValues:
-    """`tf.train.Feature` -> list of bytes, float32 array or int64 array."""
-    for kind, wire_type, values in _fields(feature):
-        if wire_type != 2 or not isinstance(values, memoryview):
-            continue
-        if kind == 1:
-            return [bytes(value) for value in _messages(values, 1)]
-        if kind == 2:
-            # Packed floats come as one field, unpacked ones as four bytes each.
-            joined = b"".join(bytes(value) for number, _, value in _fields(values) if number == 1)
-            return np.frombuffer(joined, dtype="<f4").astype(np.float32)
-        if kind == 3:
-            parts = [
-                np.asarray([value], dtype=np.uint64).astype(np.int64)
-                if isinstance(value, int)
-                else _packed_varints(value)
-                for number, _, value in _fields(values)
-                if number == 1
-            ]
-            return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return []
-
-
-__all__ = ["FeatureValues", "crc32c", "decode_feature", "masked_crc32c", "parse_example", "read_tfrecord"]
+__all__ = ["Record", "RecordIndex", "RecordReader", "masked_crc32c"]

@@ -136,7 +136,7 @@ class VideoFrames(FrameSequence):
             expected = f", {self.num_frames} expected" if self.num_frames else ""
             raise ReadError(f"{self.name} has {len(index.frames)} frames from {self.start:g} s{until}{expected}.")
         if index.counted:
-            logger.warning("%s has no presentation times; its frames are timed by their average rate", self.name)
+            logger.info("%s has no presentation times; its frames are timed by their average rate", self.name)
         if self.num_frames is not None:
             index = replace(index, frames=index.frames[: self.num_frames], times=index.times[: self.num_frames])
         return index

@@ -1,90 +1,35 @@
-"""RLDS folders: a real shard, a shard written here, checksums, and clear errors."""
+"""RLDS folders: a real shard, shards written here, checksums, remote files, and clear errors."""
 
-import io
 import json
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
 from shared_files import shared_path
+from tfds_files import IMAGE, TEXT, encode_image, example, field, record_positions, varint, write_tfds_folder
 
+from lapa.data.crc32c import crc32c
 from lapa.data.rlds import RldsFolder, read_rlds
 from lapa.data.schema import Episode
-from lapa.data.tfrecord import crc32c, decode_feature, masked_crc32c, parse_example, read_tfrecord
+from lapa.data.tfds_example import decode_feature, parse_example
 
-
-def varint(value):
-    value &= (1 << 64) - 1
-    out = b""
-    while value >= 0x80:
-        out += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return out + bytes([value])
-
-
-def field(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def feature(values):
-    if isinstance(values, list):
-        return field(1, b"".join(field(1, value) for value in values))
-    values = np.asarray(values)
-    if np.issubdtype(values.dtype, np.floating):
-        return field(2, field(1, values.astype("<f4").tobytes()))
-    return field(3, field(1, b"".join(varint(int(value)) for value in values.reshape(-1))))
-
-
-def example(features):
-    entries = [field(1, field(1, key.encode()) + field(2, feature(value))) for key, value in features.items()]
-    return field(1, b"".join(entries))
-
-
-def write_records(path, contents):
-    with path.open("wb") as file:
-        for content in contents:
-            length = struct.pack("<Q", len(content))
-            file.write(length + struct.pack("<I", masked_crc32c(length)))
-            file.write(content + struct.pack("<I", masked_crc32c(content)))
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def tensor(dtype, *shape):
-    return {"tensor": {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": dtype, "encoding": "none"}}
-
-
-def dictionary(**features):
-    return {"featuresDict": {"features": features}}
-
-
-IMAGE = {"image": {"shape": {"dimensions": ["4", "6", "3"]}, "dtype": "uint8", "encodingFormat": "png"}}
-STEP_FEATURES = {
-    "action": tensor("float32", 2),
-    "is_first": tensor("bool"),
-    "language_instruction": {"text": {}},
-    "observation": dictionary(front=IMAGE, wrist=IMAGE, joints=tensor("int32", 3), state=tensor("float32", 1)),
+FEATURES = {
+    "steps": {
+        "action": ("float32", 2),
+        "is_first": ("bool",),
+        "language_instruction": TEXT,
+        "observation": {"front": IMAGE, "wrist": IMAGE, "joints": ("int32", 3), "state": ("float32", 1)},
+    },
+    "episode_metadata": {"success": ("bool",), "file": ("string",), "number": ("int64",)},
 }
 
 
-def write_folder(path, records, step_features=None, lengths=None):
-    """A folder with one shard per entry of `records`."""
-    path.mkdir()
-    steps = dictionary(**(STEP_FEATURES if step_features is None else step_features))
-    metadata = dictionary(success=tensor("bool"), file=tensor("string"), number=tensor("int64"))
-    tree = dictionary(steps={"sequence": {"feature": steps, "length": "-1"}}, episode_metadata=metadata)
-    (path / "features.json").write_text(json.dumps(tree))
-    lengths = [len(shard) for shard in records] if lengths is None else lengths
-    splits = [{"name": "train", "shardLengths": [str(length) for length in lengths]}]
-    (path / "dataset_info.json").write_text(json.dumps({"name": "toy", "fileFormat": "tfrecord", "splits": splits}))
-    for index, shard in enumerate(records):
-        write_records(path / f"toy-train.tfrecord-{index:05d}-of-{len(records):05d}", shard)
-    return path
+def with_steps(**changes):
+    return FEATURES | {"steps": FEATURES["steps"] | changes}
+
+
+def png(pixels):
+    return encode_image(pixels)
 
 
 def record(num_steps=3, seed=0, **changes):
@@ -102,7 +47,11 @@ def record(num_steps=3, seed=0, **changes):
         "episode_metadata/file": ["a/ü.npy".encode()],
         "episode_metadata/number": np.array([-7]),
     } | changes
-    return frames, example({key: value for key, value in features.items() if value is not None})
+    return frames, example(features)
+
+
+def toy_folder(path, records, features=FEATURES, **options):
+    return write_tfds_folder(path, features, records, **options)
 
 
 def test_checksum_of_known_strings():
@@ -181,7 +130,7 @@ def test_written_folder(tmp_path):
     frames, one = record(seed=1)
     _, two = record(num_steps=1, seed=2)
     _, three = record(num_steps=2, seed=3)
-    folder = write_folder(tmp_path / "toy", [[one, two], [three]])
+    folder = toy_folder(tmp_path / "toy", [[one, two], [three]])
     assert RldsFolder(folder).cameras == ("front", "wrist") and RldsFolder(folder).splits == ("train",)
     episodes = list(read_rlds(folder))
     assert [episode.episode_id for episode in episodes] == ["00000-00000", "00000-00001", "00001-00000"]
@@ -205,11 +154,11 @@ def test_written_folder(tmp_path):
 
 
 def test_actions_in_parts_must_be_chosen(tmp_path):
-    features = STEP_FEATURES | {"action": dictionary(arm=tensor("float32", 2), grip=tensor("float32"))}
+    features = with_steps(action={"arm": ("float32", 2), "grip": ("float32",)})
     content = record(
         **{"steps/action": None, "steps/action/arm": np.arange(6.0), "steps/action/grip": np.array([1.0, 0.0, 1.0])}
     )[1]
-    folder = write_folder(tmp_path / "toy", [[content]], features)
+    folder = toy_folder(tmp_path / "toy", [[content]], features)
     with pytest.raises(ValueError, match="choose by `action_keys` among action/arm, action/grip"):
         read_rlds(folder)
     episode = next(read_rlds(folder, action_keys=["action/arm", "action/grip"]))
@@ -222,7 +171,7 @@ def test_actions_in_parts_must_be_chosen(tmp_path):
 
 def test_frames_are_decoded_only_when_read(tmp_path):
     broken = [b"no image", png(np.full((4, 6, 3), 9, dtype=np.uint8)), b"no image"]
-    folder = write_folder(tmp_path / "toy", [[record(**{"steps/observation/front": broken})[1]]])
+    folder = toy_folder(tmp_path / "toy", [[record(**{"steps/observation/front": broken})[1]]])
     episode = next(read_rlds(folder))
     assert episode.frame("front", 1)[0, 0, 0] == 9
     with pytest.raises(ValueError, match="frame 2 of camera 'front'"):
@@ -233,23 +182,23 @@ def test_frames_are_decoded_only_when_read(tmp_path):
     "offset, part", [(0, "record length"), (9, "record length"), (40, "a record does"), (-2, "a record")]
 )
 def test_corrupt_record_is_named(tmp_path, offset, part):
-    folder = write_folder(tmp_path / "toy", [[record(seed=seed)[1] for seed in range(2)]])
+    folder = toy_folder(tmp_path / "toy", [[record(seed=seed)[1] for seed in range(2)]])
     (file,) = folder.glob("*.tfrecord-*")
-    positions = [position for position, _ in read_tfrecord(file)]
+    second = record_positions(file)[1]
     content = bytearray(file.read_bytes())
-    content[positions[1] + offset if offset >= 0 else offset] ^= 0x10
+    content[second + offset if offset >= 0 else offset] ^= 0x10
     file.write_bytes(content)
     episodes = read_rlds(folder)
     assert next(episodes).num_steps == 3
-    with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001 is corrupt at byte {positions[1]}: .*{part}"):
+    with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001 is corrupt at byte {second}: .*{part}"):
         next(episodes)
 
 
 def test_cut_files(tmp_path):
-    folder = write_folder(tmp_path / "toy", [[record(seed=seed)[1] for seed in range(2)]])
+    folder = toy_folder(tmp_path / "toy", [[record(seed=seed)[1] for seed in range(2)]])
     (file,) = folder.glob("*.tfrecord-*")
     content = file.read_bytes()
-    start = [position for position, _ in read_tfrecord(file)][1]
+    start = record_positions(file)[1]
     for cut, message in (
         (-1, f"ends inside the record at byte {start}"),
         (start + 5, f"record header at byte {start}"),
@@ -274,7 +223,7 @@ def test_cut_files(tmp_path):
     ],
 )
 def test_records_that_do_not_fit_features_json(tmp_path, changes, message):
-    folder = write_folder(tmp_path / "toy", [[record(**changes)[1]]])
+    folder = toy_folder(tmp_path / "toy", [[record(**changes)[1]]])
     with pytest.raises(ValueError, match=rf"record at byte 0: .*({message})"):
         next(read_rlds(folder))
 
@@ -285,9 +234,9 @@ def test_no_rlds_folder(tmp_path):
     (tmp_path / "features.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
         read_rlds(tmp_path)
-    (tmp_path / "features.json").write_text(json.dumps(dictionary(image=IMAGE)))
+    (tmp_path / "features.json").write_text(json.dumps({"featuresDict": {"features": {}}}))
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match="no `steps`"):
         read_rlds(tmp_path)
     with pytest.raises(ValueError, match="`frequency`"):
-        read_rlds(write_folder(tmp_path / "toy", [[record()[1]]]), frequency=0)
+        read_rlds(toy_folder(tmp_path / "toy", [[record()[1]]]), frequency=0)

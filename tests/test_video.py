@@ -284,39 +284,35 @@ def test_av1_that_cannot_be_followed_is_decoded_in_order():
 
 
 @pytest.mark.parametrize(
-    ("rotation", "mirrored", "turn"),
+    ("matrix", "turn"),
     [
-        (0, False, lambda frame: frame),
-        (90, False, lambda frame: np.rot90(frame)),
-        (180, False, lambda frame: np.rot90(frame, 2)),
-        (-90, False, lambda frame: np.rot90(frame, -1)),
-        (0, True, lambda frame: frame[:, ::-1]),
-        (90, True, None),
+        ((1, 0, 0, 1), lambda frame: frame),
+        ((0, -1, 1, 0), lambda frame: np.rot90(frame)),
+        ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+        ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+        ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+        ((1, 0, 0, -1), lambda frame: frame[::-1]),
+        ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda frame: np.rot90(frame.transpose(1, 0, 2), 2)),
     ],
 )
-def test_frames_are_turned_upright(rotation, mirrored, turn):
-    content = encode_video(moving_frames(4), rotation=rotation, mirrored=mirrored)
+def test_frames_are_turned_upright(matrix, turn):
+    content = encode_video(moving_frames(4), matrix=matrix)
     whole, _ = decode_whole(content)
-    (frame,) = VideoFrames(content).read([2])
-    if turn is None:
-        # Mirrored and turned: libav's own filter for that is what players show.
-        turn = lambda frame: _filtered(content, 2)  # noqa: E731
-    np.testing.assert_array_equal(frame, turn(whole[2]))
+    assert_same(VideoFrames(content).read([2]), [turn(whole[2])])
+    # The point (x, y) of the frame is shown at (a x + c y, b x + d y), moved to where both are positive.
+    a, b, c, d = matrix
+    x, y = 70, 20
+    columns, rows = a * x + c * y, b * x + d * y
+    columns += (95 if a < 0 else 0) + (63 if c < 0 else 0)
+    rows += (95 if b < 0 else 0) + (63 if d < 0 else 0)
+    np.testing.assert_array_equal(VideoFrames(content).read([2])[0][rows, columns], whole[2][y, x])
 
 
-def _filtered(content: bytes, step: int) -> np.ndarray:
-    """A frame by libavfilter's transposition, by the display matrix's own words: mirrored after a quarter turn."""
-    with av.open(io.BytesIO(content)) as container:
-        frame = list(container.decode(video=0))[step]
-        matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32).reshape(3, 3)[:2, :2] / 65536
-        array = frame.to_ndarray(format="rgb24", threads=1)
-    height, width = array.shape[:2]
-    rows, columns = np.mgrid[:height, :width]
-    x, y = matrix.T @ np.stack([columns.ravel(), rows.ravel()])
-    x, y = (x - x.min()).astype(int), (y - y.min()).astype(int)
-    shown = np.zeros((y.max() + 1, x.max() + 1, 3), np.uint8)
-    shown[y, x] = array.reshape(-1, 3)
-    return shown
+def test_other_turns_are_refused():
+    content = encode_video(moving_frames(2), matrix=(1, 1, -1, 1))
+    with pytest.raises(ReadError, match=r"frame 1 \(0.033 s\) .* is to be shown turned by no multiple of 90 degrees"):
+        VideoFrames(content).read([1])
 
 
 def test_real_video_in_every_format(tmp_path):
@@ -545,7 +541,9 @@ def fuzz(count: int, seed: int) -> int:
     small = moving_frames(10, 64, 48)
     kinds = [VIDEOS[name] for name in ("h264", "hevc open GOP", "av1", "vp9", "vp8", "mpeg4", "mpeg4 in avi")]
     contents = [encode_video(small, *kind) for kind in kinds]
-    contents.append(encode_video(small, rotation=90, container_options={"movflags": "frag_keyframe+empty_moov"}))
+    contents.append(
+        encode_video(small, matrix=(0, 1, -1, 0), container_options={"movflags": "frag_keyframe+empty_moov"})
+    )
     refused = 0
     for _ in range(count):
         frames = VideoFrames(mutated(draw.choice(contents), draw), start=draw.choice((0.0, 0.0, 0.1)))

@@ -65,6 +65,15 @@ def test_videos_of_every_kind_are_found_below_a_folder_in_order(tmp_path):
     assert (split.episode_id, split.source) == ("x.mkv", "a/inner")
 
 
+def test_times_that_the_file_does_not_have_are_said_to_be_made_up(tmp_path):
+    write_video(tmp_path / "a.avi", count=8, options={"bf": "2"})
+    write_video(tmp_path / "b.mp4", count=8, options={"bf": "2"})
+    first, second = VideoFolderSource(str(tmp_path))
+    assert first.metadata == {"times": "from the average frame rate: the file has none"}
+    assert second.metadata == {}
+    np.testing.assert_allclose(first.timestamps, second.timestamps, atol=1e-6)
+
+
 def test_shards_are_groups_and_single_episodes_are_read_alone(tmp_path):
     content = encode_video(moving_frames(2))
     for number in range(CLIPS_PER_SHARD + 5):

@@ -1,6 +1,7 @@
 """Writes small videos for the tests, and decodes them in the plainest way to compare with."""
 
 import io
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +32,7 @@ def encode_video(
     container: str = "mp4",
     options: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
-    rotation: float | None = None,
-    mirrored: bool = False,
+    matrix: tuple[int, int, int, int] | None = None,
     container_options: dict[str, str] | None = None,
     bit_rate: int | None = None,
     rate: int = FRAME_RATE,
@@ -44,7 +44,7 @@ def encode_video(
         frames: (height, width, 3) uint8 RGB each.
         times: When each frame is shown, in thirtieths of a second (or parts of it by `rate`); one after the other when
             None.
-        rotation: Degrees, counterclockwise, by which a player is to turn the frames; `mirrored` left to right before.
+        matrix: Of MP4: a, b, c, d, each -1, 0 or 1; a player is to show the point (x, y) at (a x + c y, b x + d y).
     """
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=container_options or {}) as output:
@@ -53,15 +53,21 @@ def encode_video(
         stream.pix_fmt = "yuv420p"
         if bit_rate is not None:
             stream.bit_rate = bit_rate
-        if rotation is not None:
-            stream.set_display_rotation(rotation, hflip=mirrored)
         for number, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame.pts = number if times is None else times[number]
             frame.time_base = Fraction(1, rate)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-    return file.getvalue()
+    content = file.getvalue()
+    return content if matrix is None else _with_matrix(content, matrix)
+
+
+def _with_matrix(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """Writes numbers of 16 + 16 bits into the track header: 40 bytes of times and flags, then a, b, u, c, d."""
+    place = content.index(b"tkhd") + 44
+    a, b, c, d = (number * 65536 for number in matrix)
+    return content[:place] + struct.pack(">5i", a, b, 0, c, d) + content[place + 20 :]
 
 
 def decode_whole(content: bytes | Path) -> tuple[list[np.ndarray], np.ndarray]:
