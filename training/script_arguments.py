@@ -3,7 +3,10 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lapa.data.mixture import FramePairSource
 
 
 def read_config(value: dict | str | None, config_class: Any, argument: str) -> dict[str, Any]:
@@ -38,6 +41,65 @@ def read_config(value: dict | str | None, config_class: Any, argument: str) -> d
     if unknown:
         raise ValueError(f"`{argument}` has no {config_class.__name__} field {', '.join(unknown)}.")
     return dict(value)
+
+
+@dataclass(kw_only=True)
+class SourceArguments:
+    """
+    Which episodes a command reads, and which pairs of their frames.
+
+    Args:
+        data (`str`): A data set of any kind that `lapa.data.open_source` knows (RLDS, LeRobot, Something-Something v2,
+            videos, frame folders), local or an fsspec URL; or a mixture of them, a `.yaml` or `.json` file.
+        kind (`str`, *optional*): Kind of the data set; told by what it holds when None.
+        split (`str`, *optional*): Split to read; what each kind reads by default when None.
+        camera (`str`, *optional*): Camera to read; the first one by default.
+        frame_gap (`int`, *optional*): Frames between the two of a pair.
+        frame_gap_seconds (`float`, *optional*): The same in seconds; exclusive with `frame_gap`. With neither it is what
+            the data set says: 0.6 s for robots, 2.4 s for people.
+        frequency (`float`, *optional*): Frames per second, for data that do not record it.
+        filters (`str`, *optional*): Comma-separated rules that leave pairs out: `static`, `shot_cut`, `blank`.
+        on_error (`str`): `raise` stops at what cannot be read, `skip` counts it and goes on.
+        max_skipped (`float`): Share of episodes that may be skipped, in [0, 1]; more ends the run.
+    """
+
+    data: str = field(metadata={"help": "Data set of any known kind, or a mixture (.yaml, .json)."})
+    kind: str | None = field(default=None, metadata={"help": "Kind of the data set; told by its content by default."})
+    split: str | None = field(default=None, metadata={"help": "Split to read; the kind's own default otherwise."})
+    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
+    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair."})
+    frame_gap_seconds: float | None = field(
+        default=None, metadata={"help": "The gap in seconds instead; the data set's own by default."}
+    )
+    frequency: float | None = field(default=None, metadata={"help": "Frames per second, where data do not tell."})
+    filters: str | None = field(default=None, metadata={"help": "Comma-separated: static, shot_cut, blank."})
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "What cannot be read stops the run or is skipped.", "choices": ["raise", "skip"]},
+    )
+    max_skipped: float = field(default=0.05, metadata={"help": "Share of episodes that may be skipped."})
+
+    def open_sources(self, **defaults: Any) -> "tuple[FramePairSource, ...]":
+        """
+        The sources, with everything checked that can be without reading an episode.
+
+        Args:
+            defaults: Values of `camera`, `frame_gap`, `frame_gap_seconds` and `frequency` where these arguments say nothing.
+
+        Raises:
+            ValueError: As `lapa.data.open_source.open_mixture`.
+        """
+        from lapa.data.open_source import is_mixture, open_mixture, open_pair_source
+
+        names = ("kind", "split", "camera", "frame_gap", "frame_gap_seconds", "frequency", "filters")
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if {"frame_gap", "frame_gap_seconds"} & set(options):
+            # A gap that is given replaces one that was recorded, in whichever unit.
+            defaults = {name: value for name, value in defaults.items() if not name.startswith("frame_gap")}
+        options = {**{name: value for name, value in defaults.items() if value is not None}, **options}
+        if is_mixture(self.data):
+            return open_mixture(self.data, **options)
+        return (open_pair_source(self.data, **options),)
 
 
 @dataclass
@@ -180,4 +242,11 @@ class FinetuneArguments:
             raise ValueError(f"`gripper_dimension` must be last, none or an index, got {self.gripper_dimension!r}.")
 
 
-__all__ = ["FinetuneArguments", "LabelArguments", "PretrainArguments", "QuantizerArguments", "read_config"]
+__all__ = [
+    "FinetuneArguments",
+    "LabelArguments",
+    "PretrainArguments",
+    "QuantizerArguments",
+    "SourceArguments",
+    "read_config",
+]
