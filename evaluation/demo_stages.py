@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from lapa.evaluation.demo_settings import (
     DemoSettings,
     PlayingSettings,
 )
+from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.tabletop import TabletopEnvironment
+from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
 from lapa.evaluation.environments.tabletop_recording import TabletopEpisode, record_episode
 from lapa.evaluation.rollout import Controller, Rollout, policy_controller, roll_out
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
@@ -50,6 +53,7 @@ ENCODE_BATCH = 256
 # Checkpoints per training, so that an interrupted one loses little.
 CHECKPOINTS_PER_TRAINING = 5
 EPISODES_SHOWN_PER_FAMILY = 2
+ROLLOUTS_SIDE_BY_SIDE = 100
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,20 @@ class Recording(FrameTable):
             return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
 
 
+def environment_options(settings: DemoSettings, embodiment: str = "arm") -> dict[str, Any]:
+    """Options of the demo's simulator."""
+    return {
+        "families": settings.families,
+        "embodiment": embodiment,
+        "image_size": settings.image_size,
+        "num_blocks": settings.num_blocks,
+        "thresholds": settings.thresholds,
+    }
+
+
 def make_environment(settings: DemoSettings, embodiment: str = "arm") -> TabletopEnvironment:
     """The demo's simulator."""
-    return TabletopEnvironment(
-        families=settings.families,
-        embodiment=embodiment,
-        image_size=settings.image_size,
-        num_blocks=settings.num_blocks,
-        thresholds=settings.thresholds,
-    )
+    return TabletopEnvironment(**environment_options(settings, embodiment))
 
 
 def record(
@@ -421,11 +430,5 @@ def shown_episodes(settings: DemoSettings) -> list[int]:
 
 def play(settings: DemoSettings, controller: Controller, name: str, record: Sequence[int]) -> list[Rollout]:
     """Closed loop of any controller on the evaluation starts."""
-    return roll_out(
-        lambda: make_environment(settings),
-        controller,
-        evaluation_episodes(settings),
-        num_environments=100,
-        record=record,
-        description=f"playing {name}",
-    )
+    with EnvironmentPool(partial(TabletopEvaluation, **environment_options(settings)), ROLLOUTS_SIDE_BY_SIDE) as pool:
+        return roll_out(pool, controller, evaluation_episodes(settings), record, f"playing {name}")

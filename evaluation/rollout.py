@@ -1,15 +1,20 @@
 """Playing policies in closed loop, many environments in lock step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lapa.evaluation.environments.tabletop import TabletopEnvironment
-from lapa.evaluation.environments.tabletop_expert import TabletopExpert
-from lapa.serving.policy import Policy
+from lapa.evaluation.environment_pool import EnvironmentPool, Failure, Start
+from lapa.evaluation.environments.base import Observation
+
+if TYPE_CHECKING:
+    from lapa.serving.policy import Policy
+
+SOLVED, NOT_SOLVED = "solved", "not_solved"
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,12 @@ class Rollout:
 
     Args:
         family: Kind of task.
-        seed: What the environment was reset with; the same seed is the same start for every policy.
+        seed: What the environment was started with; the same seed is the same start for every policy.
         instruction: The sentence.
-        success: Whether the task was solved within the family's number of steps.
+        success: Whether the task was solved within its number of steps.
         num_steps: Steps played.
+        ending: `solved`, `not_solved`, `crashed` or `hung`; the last two are what became of the environment.
+        progress: Partial results that were reached at any step.
         frames: (num_steps + 1, height, width, 3) uint8 where they were asked for, else empty.
     """
 
@@ -30,108 +37,170 @@ class Rollout:
     instruction: str
     success: bool
     num_steps: int
-    frames: list[np.ndarray] = field(default_factory=list, repr=False, compare=False)
+    ending: str = NOT_SOLVED
+    progress: tuple[str, ...] = ()
+    frames: list[NDArray[np.uint8]] = field(default_factory=list, repr=False, compare=False)
 
 
 class Controller(Protocol):
-    """Chooses actions for a batch of running environments."""
+    """Chooses actions for the environments that still run."""
 
     def __call__(
-        self, environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]
-    ) -> np.ndarray:
-        """Actions (batch, 2) in [-1, 1] for environments that have not finished."""
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure]:
+        """Action (action_dim,) of each slot; a `Failure` where the environment did not answer."""
 
 
-def policy_controller(policy: Policy) -> Controller:
+def policy_controller(policy: "Policy") -> Controller:
     """A policy that sees images and instructions only."""
 
-    def act(environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]) -> np.ndarray:
+    def act(
+        pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure]:
         images = [observation["image"] for observation in observations]
-        return policy.act(images, [observation["instruction"] for observation in observations])
+        actions = policy.act(images, [observation["instruction"] for observation in observations])
+        return dict(zip(slots, np.asarray(actions, dtype=np.float32)))
 
     return act
 
 
-def do_nothing(environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Stands still."""
-    return np.zeros((len(environments), 2), dtype=np.float32)
-
-
-class ExpertController:
+def expert(
+    pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+) -> Mapping[int, NDArray[np.float32] | Failure]:
     """The scripted expert, which sees the simulator's state."""
+    return pool.expert_actions(slots)
 
-    def __init__(self) -> None:
-        self.experts: dict[int, TabletopExpert] = {}
 
-    def __call__(
-        self, environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]
-    ) -> np.ndarray:
-        """See [`Controller`]."""
-        for environment in environments:
-            self.experts.setdefault(id(environment), TabletopExpert(environment))
-        return np.stack([self.experts[id(environment)].act() for environment in environments])
+class DoNothing:
+    """Stands still."""
+
+    def __init__(self, action_dim: int) -> None:
+        self.action_dim = action_dim
+
+    def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
+        """See [`~lapa.serving.policy.Policy`]."""
+        return np.zeros((len(images), self.action_dim), dtype=np.float32)
+
+
+class RandomActions:
+    """
+    Moves uniformly at random in [-1, 1].
+
+    Args:
+        action_dim: Length of an action.
+        seed: Of the draws.
+    """
+
+    def __init__(self, action_dim: int, seed: int = 0) -> None:
+        self.action_dim, self.generator = action_dim, np.random.default_rng(seed)
+
+    def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
+        """See [`~lapa.serving.policy.Policy`]."""
+        return self.generator.uniform(-1, 1, (len(images), self.action_dim)).astype(np.float32)
 
 
 def roll_out(
-    make_environment: Callable[[], TabletopEnvironment],
+    pool: EnvironmentPool,
     controller: Controller,
-    episodes: Sequence[tuple[str, int]],
-    num_environments: int = 64,
+    episodes: Sequence[Start],
     record: Sequence[int] = (),
-    description: str = "rollouts",
+    description: str | None = "rollouts",
+    on_chunk: Callable[[int], Any] | None = None,
 ) -> list[Rollout]:
-    """Play one episode per (family, seed).
+    """Play one episode per (family, seed), as many at a time as the pool has environments.
 
     Args:
-        make_environment: Builds an environment that renders its observations.
+        pool: The environments.
         controller: Chooses the actions.
         episodes: Family and seed of every start.
-        num_environments: How many are played side by side.
         record: Indices into `episodes` whose frames are kept.
-        description: Of the progress bar.
+        description: Of the progress bar; None shows none.
+        on_chunk: Called with the index of the first episode of each group that is played together, before it starts.
 
     Returns:
         One rollout per episode, in order.
     """
-    environments = [make_environment() for _ in range(min(num_environments, len(episodes)))]
     rollouts: list[Rollout] = []
-    with tqdm(total=len(episodes), desc=description, leave=False) as progress:
-        for start in range(0, len(episodes), len(environments)):
-            chunk = episodes[start : start + len(environments)]
+    with tqdm(total=len(episodes), desc=description, leave=False, disable=description is None) as progress:
+        for start in range(0, len(episodes), pool.size):
+            chunk = episodes[start : start + pool.size]
+            if on_chunk is not None:
+                on_chunk(start)
             kept = {index - start for index in record if start <= index < start + len(chunk)}
-            for rollout in _play(environments[: len(chunk)], controller, chunk, kept):
-                rollouts.append(rollout)
-                progress.update()
+            rollouts += _Chunk(pool, chunk, kept).play(controller)
+            progress.update(len(chunk))
     return rollouts
 
 
-def _play(
-    environments: Sequence[TabletopEnvironment],
-    controller: Controller,
-    episodes: Sequence[tuple[str, int]],
-    kept: set[int],
-) -> Iterator[Rollout]:
-    observations = [
-        environment.reset(seed=seed, options={"family": family})[0]
-        for environment, (family, seed) in zip(environments, episodes)
-    ]
-    frames: list[list[np.ndarray]] = [[o["image"]] if i in kept else [] for i, o in enumerate(observations)]
-    success, num_steps = [False] * len(episodes), [0] * len(episodes)
-    running = list(range(len(episodes)))
-    while running:
-        actions = controller([environments[i] for i in running], [observations[i] for i in running])
-        still_running = []
-        for i, action in zip(running, np.clip(actions, -1, 1)):
-            observations[i], _, terminated, truncated, info = environments[i].step(action)
-            num_steps[i] += 1
-            if i in kept:
-                frames[i].append(observations[i]["image"])
-            success[i] = info["success"]
-            if not (terminated or truncated):
-                still_running.append(i)
-        running = still_running
-    for i, (family, seed) in enumerate(episodes):
-        yield Rollout(family, seed, observations[i]["instruction"], success[i], num_steps[i], frames[i])
+class _Chunk:
+    """Episodes that are played side by side, one per environment of the pool."""
+
+    def __init__(self, pool: EnvironmentPool, episodes: Sequence[Start], kept: set[int]) -> None:
+        self.pool, self.episodes, self.kept = pool, episodes, kept
+        count = len(episodes)
+        self.observations: dict[int, Observation] = {}
+        self.instructions = [""] * count
+        self.success, self.num_steps = [False] * count, [0] * count
+        self.failures: dict[int, Failure] = {}
+        self.progress: list[dict[str, None]] = [{} for _ in range(count)]
+        self.frames: list[list[NDArray[np.uint8]]] = [[] for _ in range(count)]
+
+    def play(self, controller: Controller) -> list[Rollout]:
+        """All of them until they end."""
+        self._observe(self.pool.start(dict(enumerate(self.episodes))))
+        while self.observations:
+            slots = list(self.observations)
+            actions = controller(self.pool, slots, [self.observations[slot] for slot in slots])
+            self._fail({slot: action for slot, action in actions.items() if isinstance(action, Failure)})
+            self._step({slot: action for slot, action in actions.items() if not isinstance(action, Failure)})
+        return [self._rollout(slot) for slot in range(len(self.episodes))]
+
+    def _observe(self, observations: Mapping[int, Observation | Failure]) -> None:
+        for slot, observation in observations.items():
+            if isinstance(observation, Failure):
+                self._fail({slot: observation})
+                continue
+            self.observations[slot] = observation
+            self.instructions[slot] = observation["instruction"]
+            self._keep_frame(slot, observation)
+
+    def _keep_frame(self, slot: int, observation: Observation) -> None:
+        if slot in self.kept:
+            self.frames[slot].append(observation["image"])
+
+    def _fail(self, failures: Mapping[int, Failure]) -> None:
+        self.failures |= failures
+        for slot in failures:
+            self.observations.pop(slot, None)
+
+    def _step(self, actions: Mapping[int, NDArray[np.float32]]) -> None:
+        for slot, result in self.pool.step(actions).items():
+            if isinstance(result, Failure):
+                self._fail({slot: result})
+                continue
+            self.num_steps[slot] += 1
+            self.success[slot] = result.success
+            self.progress[slot] |= {name: None for name, reached in result.progress.items() if reached}
+            self._keep_frame(slot, result.observation)
+            self.observations[slot] = result.observation
+            if result.done:
+                del self.observations[slot]
+
+    def _rollout(self, slot: int) -> Rollout:
+        family, seed = self.episodes[slot]
+        failure = self.failures.get(slot)
+        success = failure is None and self.success[slot]
+        ending = (SOLVED if success else NOT_SOLVED) if failure is None else failure.kind
+        return Rollout(
+            family,
+            seed,
+            self.instructions[slot],
+            success,
+            self.num_steps[slot],
+            ending,
+            tuple(self.progress[slot]),
+            self.frames[slot],
+        )
 
 
 def outcomes_by_family(rollouts: Sequence[Rollout]) -> dict[str, list[bool]]:

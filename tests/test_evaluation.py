@@ -1,10 +1,14 @@
 """Statistics and rollouts."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+from fragile_environment import Fragile
 
-from lapa.evaluation.environments.tabletop import TabletopEnvironment
-from lapa.evaluation.rollout import ExpertController, do_nothing, outcomes_by_family, policy_controller, roll_out
+from lapa.evaluation.environment_pool import EnvironmentPool
+from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
+from lapa.evaluation.rollout import DoNothing, expert, outcomes_by_family, policy_controller, roll_out
 from lapa.evaluation.statistics import intervals_overlap, success_cell, success_table, wilson_interval
 
 
@@ -37,34 +41,57 @@ def test_tables_pool_over_families():
     assert not intervals_overlap(success_cell([True] * 50), success_cell([False] * 50))
 
 
-def make_environment() -> TabletopEnvironment:
-    return TabletopEnvironment(families=("reach", "block_to_block"), image_size=32, num_blocks=2)
-
-
+make_environment = partial(TabletopEvaluation, families=("reach", "block_to_block"), image_size=32, num_blocks=2)
 EPISODES = [("reach", seed) for seed in range(5)] + [("block_to_block", seed) for seed in range(5)]
+do_nothing = policy_controller(DoNothing(2))
+
+
+def play(controller, size, num_processes=0, **options):
+    with EnvironmentPool(make_environment, size, num_processes) as pool:
+        return roll_out(pool, controller, EPISODES, description=None, **options)
 
 
 def test_expert_solves_what_doing_nothing_does_not():
-    expert = roll_out(make_environment, ExpertController(), EPISODES, num_environments=4, record=[0, 6])
-    nothing = roll_out(make_environment, do_nothing, EPISODES, num_environments=4)
-    assert [(r.family, r.seed) for r in expert] == EPISODES
-    assert all(rollout.success for rollout in expert)
+    solved, nothing = play(expert, 4, record=[0, 6]), play(do_nothing, 4)
+    assert [(r.family, r.seed) for r in solved] == EPISODES
+    assert all(rollout.success and rollout.ending == "solved" for rollout in solved)
     assert not any(rollout.success for rollout in nothing)
-    assert [rollout.instruction for rollout in expert] == [rollout.instruction for rollout in nothing]
-    assert [bool(rollout.frames) for rollout in expert] == [i in (0, 6) for i in range(10)]
-    assert len(expert[6].frames) == expert[6].num_steps + 1
-    assert outcomes_by_family(expert) == {"reach": [True] * 5, "block_to_block": [True] * 5}
+    assert {rollout.ending for rollout in nothing} == {"not_solved"}
+    assert [rollout.instruction for rollout in solved] == [rollout.instruction for rollout in nothing]
+    assert [bool(rollout.frames) for rollout in solved] == [i in (0, 6) for i in range(10)]
+    assert len(solved[6].frames) == solved[6].num_steps + 1
+    assert outcomes_by_family(solved) == {"reach": [True] * 5, "block_to_block": [True] * 5}
+
+
+class Towards:
+    """Moves right in proportion to the red it sees: a policy that depends on its image."""
+
+    def act(self, images, instructions):
+        assert all(isinstance(text, str) for text in instructions)
+        red = np.array([image[..., 0].mean() / 255 for image in images])
+        return np.stack([red, -red], axis=1).astype(np.float32)
 
 
 def test_policies_see_images_and_instructions_and_batching_does_not_matter():
-    class Towards:
-        """Moves right in proportion to the red it sees: a policy that depends on its image."""
+    alone = play(policy_controller(Towards()), 1)
+    assert alone == play(policy_controller(Towards()), 7)
+    assert alone == play(policy_controller(Towards()), 5, num_processes=2)
 
-        def act(self, images, instructions):
-            assert all(isinstance(text, str) for text in instructions)
-            red = np.array([image[..., 0].mean() / 255 for image in images])
-            return np.stack([red, -red], axis=1).astype(np.float32)
 
-    alone = roll_out(make_environment, policy_controller(Towards()), EPISODES, num_environments=1)
-    together = roll_out(make_environment, policy_controller(Towards()), EPISODES, num_environments=7)
-    assert alone == together
+def test_an_environment_that_crashes_or_hangs_is_recorded_and_the_run_goes_on():
+    episodes = [("reach", seed) for seed in range(8)]
+    make = partial(Fragile, families=("reach",), image_size=32, num_blocks=2)
+    with EnvironmentPool(make, 2, num_processes=2, timeout=3) as pool:
+        rollouts = roll_out(pool, expert, episodes, description=None)
+    assert [rollout.ending for rollout in rollouts] == [
+        "solved", "crashed", "solved", "crashed", "solved", "solved", "hung", "solved"
+    ]  # fmt: skip
+    assert [rollout.success for rollout in rollouts] == [rollout.ending == "solved" for rollout in rollouts]
+
+
+def test_mistakes_of_the_caller_are_no_crashes():
+    for processes in (0, 1):
+        with EnvironmentPool(make_environment, 1, processes) as pool, pytest.raises(ValueError, match="no_such_task"):
+            pool.start({0: ("no_such_task", 0)})
+    with pytest.raises(ValueError, match="cannot be made.*image_size"):
+        EnvironmentPool(partial(TabletopEvaluation, image_size=1), 1, num_processes=1)
