@@ -70,7 +70,7 @@ setup(
     package_dir={"lapa": "lapa", **{f"lapa.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
     package_data={
         "lapa": ["py.typed"],
-        "lapa.evaluation": ["templates/*", "assets/*/*"],
+        "lapa.evaluation": ["templates/*", "assets/*/*", "suites/*.yaml"],
         "lapa.training": ["recipes/*.yaml"],
         "lapa.hub_cards": ["templates/*"],
     },

@@ -27,14 +27,19 @@ def png(image: np.ndarray, scale: int = 1) -> str:
     return data_uri(buffer.getvalue(), "image/png")
 
 
-def gif(frames: Sequence[np.ndarray], scale: int = 1) -> str:
-    """Frames (height, width, 3) uint8 as an endlessly looping GIF data URI; the last one is held for a second."""
+def gif_bytes(frames: Sequence[np.ndarray], scale: int = 1, milliseconds: int = GIF_FRAME_MILLISECONDS) -> bytes:
+    """Frames (height, width, 3) uint8 as an endlessly looping GIF; the last one is held for a second."""
     size = (frames[0].shape[1] * scale, frames[0].shape[0] * scale)
     pictures = [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
-    durations = [GIF_FRAME_MILLISECONDS] * (len(pictures) - 1) + [1000]
+    durations = [milliseconds] * (len(pictures) - 1) + [1000]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    return data_uri(buffer.getvalue(), "image/gif")
+    return buffer.getvalue()
+
+
+def gif(frames: Sequence[np.ndarray], scale: int = 1) -> str:
+    """`gif_bytes` as a data URI."""
+    return data_uri(gif_bytes(frames, scale), "image/gif")
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:

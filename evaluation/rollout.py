@@ -92,7 +92,12 @@ class RandomActions:
     """
 
     def __init__(self, action_dim: int, seed: int = 0) -> None:
-        self.action_dim, self.generator = action_dim, np.random.default_rng(seed)
+        self.action_dim = action_dim
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Begins the draws anew."""
+        self.generator = np.random.default_rng(seed)
 
     def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
         """See [`~lapa.serving.policy.Policy`]."""

@@ -37,6 +37,9 @@ COMMANDS = {
     "label": Command("lapa.training.scripts", "label", "label video with latent actions"),
     "pretrain": Command("lapa.training.scripts", "pretrain", "stage 2: learn to predict latent actions"),
     "finetune": Command("lapa.training.scripts", "finetune", "stage 3: learn robot actions (fully or with LoRA)"),
+    "evaluate": Command(
+        "lapa.evaluation.evaluate_cli", "main", "closed-loop success of a policy, with intervals", True
+    ),
     "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card", True),
     "demo": Command(
         "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data", True

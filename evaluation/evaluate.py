@@ -1,0 +1,248 @@
+"""Plays a policy through a suite: resumable, crash-proof, the same result however often it was interrupted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lapa.evaluation.environment_pool import CRASHED, HUNG, EnvironmentPool
+from lapa.evaluation.policies import NamedPolicy
+from lapa.evaluation.rollout import Rollout, roll_out
+from lapa.evaluation.statistics import success_cell
+from lapa.evaluation.suites import Cell, Suite
+
+SETTINGS_FILE, ROLLOUTS_FILE = "evaluation.json", "rollouts.jsonl"
+FIELDS = ("family", "seed", "instruction", "success", "num_steps", "ending", "progress")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """
+    How a suite is played.
+
+    Args:
+        rollouts (`int`, *optional*): Episodes per cell; the suite's own number when None.
+        num_environments (`int`): Played side by side. Together with the seed it fixes a sampling policy's draws.
+        num_processes (`int`): Processes of the environments; 0 plays them in this one, where a hang is not noticed.
+        timeout (`float`): Seconds that a step may take before its environment counts as hung.
+        seed (`int`): Of a sampling policy's draws.
+        num_shown (`int`): Episodes per cell that are kept as GIF.
+    """
+
+    rollouts: int | None = None
+    num_environments: int = 50
+    num_processes: int = 0
+    timeout: float = 60.0
+    seed: int = 0
+    num_shown: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("rollouts", 1), ("num_environments", 1), ("num_processes", 0), ("num_shown", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+class RolloutLog:
+    """
+    Rollouts of a run on disk, a line per group of episodes that were played together.
+
+    A line is written whole, with its newline last: one that a kill cut short is dropped, and its episodes are played again.
+
+    Args:
+        folder: Of the run.
+        identity: What its results depend on; a folder with another one is refused.
+
+    Raises:
+        ValueError: A folder that holds something else, or a run with other settings.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder, self.path = folder, folder / ROLLOUTS_FILE
+        settings, known = folder / SETTINGS_FILE, json.loads(json.dumps(identity))
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output` is a file: {folder}.")
+        if settings.is_file():
+            earlier = json.loads(settings.read_text(encoding="utf-8"))
+            if earlier != known:
+                different = [name for name in known if known[name] != earlier.get(name)]
+                raise ValueError(
+                    f"`output` ({folder}) holds an evaluation with another {', '.join(different)}: name a new folder."
+                )
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"`output` ({folder}) is not empty and holds no evaluation: name a new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(settings, json.dumps(known, indent=1).encode())
+        self._lines = self._load()
+
+    def _load(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        if not self.path.exists():
+            return {}
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            write_atomically(self.path, whole)
+        entries = [json.loads(line) for line in whole.splitlines()]
+        return {(entry["cell"], entry["start"]): entry["rollouts"] for entry in entries}
+
+    def get(self, cell: Cell, start: int) -> list[dict[str, Any]] | None:
+        """Rollouts of a cell from number `start` on, if they were played."""
+        return self._lines.get((cell.name, start))
+
+    def add(self, cell: Cell, start: int, rollouts: Sequence[Rollout]) -> None:
+        """Keeps what was played."""
+        rows = [{name: getattr(rollout, name) for name in FIELDS} for rollout in rollouts]
+        line = json.dumps({"cell": cell.name, "start": start, "rollouts": rows}) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines[cell.name, start] = json.loads(line)["rollouts"]
+
+    def outcomes(self, suite: Suite) -> dict[str, list[dict[str, Any]]]:
+        """Rollouts of each cell so far, in the order of their starts."""
+        return {
+            cell.name: [
+                row
+                for (name, _), rows in sorted(self._lines.items(), key=lambda entry: entry[0][1])
+                if name == cell.name
+                for row in rows
+            ]
+            for cell in suite.cells
+        }
+
+
+@dataclass
+class Evaluation:
+    """
+    A policy, a suite and a folder.
+
+    Args:
+        suite: What is played.
+        policy: Who plays.
+        output: Folder of the results.
+        settings: How.
+    """
+
+    suite: Suite
+    policy: NamedPolicy
+    output: Path
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        played = {
+            "rollouts": self.settings.rollouts or self.suite.rollouts,
+            "num_environments": self.settings.num_environments,
+            "seed": self.settings.seed,
+        }
+        self.log = RolloutLog(
+            self.output, {"suite": self.suite.to_dict(), "policy": dict(self.policy.identity), "played": played}
+        )
+
+    def run(self, show_progress: bool = True) -> None:
+        """Plays what is not played yet."""
+        for cell, parts in self._missing():
+            size = min(self.settings.num_environments, max(len(episodes) for _, episodes in parts))
+            pool = EnvironmentPool(self.suite.make(cell), size, self.settings.num_processes, self.settings.timeout)
+            with (
+                pool,
+                tqdm(
+                    total=sum(len(e) for _, e in parts),
+                    desc=f"{self.policy.name}: {cell.name}",
+                    disable=not show_progress,
+                ) as bar,
+            ):
+                for start, episodes in parts:
+                    self._play(pool, cell, start, episodes)
+                    bar.update(len(episodes))
+
+    def _missing(self) -> Iterator[tuple[Cell, list[tuple[int, list[tuple[str, int]]]]]]:
+        """Cells with their groups of episodes that are played together and are not in the log."""
+        for cell in self.suite.cells:
+            episodes = self.suite.episodes(cell, self.settings.rollouts)
+            size = self.settings.num_environments
+            parts = [
+                (start, episodes[start : start + size])
+                for start in range(0, len(episodes), size)
+                if self.log.get(cell, start) is None
+            ]
+            if parts:
+                yield cell, parts
+
+    def _play(self, pool: EnvironmentPool, cell: Cell, start: int, episodes: list[tuple[str, int]]) -> None:
+        # A resumed run must draw what an uninterrupted one draws: the seed belongs to the episodes.
+        seed = hashlib.sha256(f"{self.settings.seed}/{cell.name}/{start}".encode()).digest()[:4]
+        self.policy.reseed(int.from_bytes(seed))
+        shown = [number for number in range(len(episodes)) if start + number < self.settings.num_shown]
+        rollouts = roll_out(pool, self.policy.controller, episodes, shown, description=None)
+        for number in shown:
+            if rollouts[number].frames:
+                self._write_gif(cell, start + number, rollouts[number])
+        self.log.add(cell, start, rollouts)
+
+    def _write_gif(self, cell: Cell, number: int, rollout: Rollout) -> None:
+        from lapa.evaluation.report import gif_bytes
+
+        folder = self.output / "rollouts"
+        folder.mkdir(exist_ok=True)
+        scale = max(1, round(128 / rollout.frames[0].shape[0]))
+        content = gif_bytes(rollout.frames, scale, milliseconds=round(1000 / self.suite.frequency))
+        write_atomically(folder / gif_name(cell, number), content)
+
+    def report(self) -> dict[str, Any]:
+        """
+        The table so far.
+
+        Returns:
+            `suite`, `policy`, `complete`, and `cells` and `groups` with `{successes, rollouts, success, ci95}` each; cells
+            say how many environments `crashed` or `hung` (both count as not solved) and how often partial results were
+            reached.
+        """
+        outcomes = self.log.outcomes(self.suite)
+        cells = {name: _cell(rows) for name, rows in outcomes.items() if rows}
+        groups: dict[str, Any] = {}
+        for group in dict.fromkeys(cell.group for cell in self.suite.cells):
+            rows = [row for cell in self.suite.cells if cell.group == group for row in outcomes[cell.name]]
+            if rows:
+                groups[group] = _cell(rows)
+        wanted = (self.settings.rollouts or self.suite.rollouts) * len(self.suite.cells)
+        return {
+            "suite": self.suite.name,
+            "policy": self.policy.name,
+            "complete": sum(len(rows) for rows in outcomes.values()) == wanted,
+            "seed": self.settings.seed,
+            "cells": cells,
+            "groups": groups,
+        }
+
+
+def gif_name(cell: Cell, number: int) -> str:
+    """File of a recorded episode."""
+    return f"{cell.name.replace('/', '-')}-{number:03d}.gif"
+
+
+def _cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    cell = success_cell(row["success"] for row in rows)
+    cell |= {kind: sum(row["ending"] == kind for row in rows) for kind in (CRASHED, HUNG)}
+    reached = dict.fromkeys(name for row in rows for name in row["progress"])
+    if reached:
+        cell["progress"] = {name: success_cell(name in row["progress"] for row in rows) for name in sorted(reached)}
+    return cell
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+__all__ = ["Evaluation", "EvaluationSettings", "RolloutLog", "gif_name", "write_atomically"]

@@ -1,0 +1,104 @@
+"""`lapa evaluate`: success of a policy in closed loop, with intervals.
+
+    lapa evaluate --suite tabletop --policy expert --output outputs/expert
+    lapa evaluate --suite tabletop-demo --policy outputs/demo/lapa --do-sample --output outputs/lapa
+    lapa evaluate --suite tabletop --policy http://localhost:8000 --output outputs/remote   # OpenVLA's /act protocol
+    lapa evaluate --compare outputs/lapa outputs/scratch --output outputs/comparison
+
+Writes `report.json`, `report.md`, `report.html` and GIFs of the first episodes of every cell. Interrupted or killed, it goes on
+where it stopped when it is started again, with the same result.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Arguments of `lapa evaluate`."""
+    parser = parser_class(
+        prog="lapa evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", help="name of a suite, or a YAML file")
+    parser.add_argument("--policy", help="model folder, expert, do_nothing, random, or the URL of a server")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="compare finished evaluations instead")
+    parser.add_argument("--rollouts", type=int, help="episodes per cell; the suite's own number by default")
+    parser.add_argument("--seed", type=int, default=0, help="of a sampling policy's draws")
+    parser.add_argument("--unnorm-key", help="which action statistics of the model")
+    parser.add_argument("--do-sample", action="store_true", help="sample actions instead of choosing greedily")
+    parser.add_argument("--temperature", type=float, help="with --do-sample")
+    parser.add_argument("--device", help="of the model; a GPU if there is one")
+    parser.add_argument("--num-environments", type=int, default=50, help="played side by side")
+    parser.add_argument("--num-processes", type=int, default=0, help="processes of the environments; 0 is this one")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which an environment hangs")
+    parser.add_argument("--num-shown", type=int, default=2, help="episodes per cell kept as GIF")
+    parser.add_argument("--no-baseline", action="store_true", help="do not play do_nothing on the same starts")
+    parser.add_argument("--list", action="store_true", help="name the suites and end")
+    return parser
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> int:
+    """Run with command-line arguments."""
+    arguments = list(arguments or ())
+    if "--list" in arguments:
+        from lapa.evaluation.suites import suite_names
+
+        print("\n".join(suite_names()))
+        return 0
+    args = make_parser(parser_class).parse_args(arguments)
+    if args.compare is not None:
+        from lapa.evaluation.comparison import write_comparison
+
+        if args.suite or args.policy:
+            raise ValueError("`compare` takes finished evaluations; `suite` and `policy` do not apply.")
+        return write_comparison(args.compare, args.output)
+    if not args.suite or not args.policy:
+        missing = "suite" if not args.suite else "policy"
+        raise ValueError(f"`{missing}` must be given (or `compare`).")
+    return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
+    from lapa.evaluation.evaluation_report import print_table, write_report
+    from lapa.evaluation.policies import DO_NOTHING, open_policy
+    from lapa.evaluation.suites import load_suite
+
+    suite = load_suite(args.suite)
+    settings = EvaluationSettings(
+        args.rollouts, args.num_environments, args.num_processes, args.timeout, args.seed, args.num_shown
+    )
+    policy = open_policy(
+        args.policy,
+        suite.action_dim(),
+        args.unnorm_key,
+        args.device,
+        do_sample=args.do_sample or None,
+        temperature=args.temperature,
+    )
+    evaluation = Evaluation(suite, policy, args.output, settings)
+    baseline: Evaluation | None = None
+    if not args.no_baseline and args.policy != DO_NOTHING:
+        still = open_policy(DO_NOTHING, suite.action_dim())
+        options: dict[str, Any] = {**vars(settings), "num_shown": 0}
+        baseline = Evaluation(suite, still, args.output / DO_NOTHING, EvaluationSettings(**options))
+    try:
+        evaluation.run()
+        if baseline is not None:
+            baseline.run()
+    except KeyboardInterrupt:
+        print_table(evaluation.report(), None)
+        print(f"interrupted; the same command goes on from {args.output}")
+        raise
+    report = write_report(evaluation, baseline)
+    print_table(report, report.get(DO_NOTHING))
+    print(args.output / "report.html")
+    return 0
+
+
+__all__ = ["main", "make_parser"]
