@@ -39,6 +39,8 @@ EXTRAS = {
     # Conversion needs nothing beyond the core; the name exists so that `lapa[convert]` keeps meaning it.
     "convert": [],
     "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.9", "scipy>=1.14"],
+    # Its wheel imports `packaging` without naming it.
+    "metaworld": ["metaworld>=3.1.1", "packaging", "scipy>=1.14"],
     "quantize": ["bitsandbytes>=0.49"],
 }
 EXTRAS["dev"] = [

@@ -14,6 +14,7 @@ from lapa.evaluation.environment_pool import MakeEnvironment, Start
 # Adapters by the name that suites give them; imported when one is made.
 ENVIRONMENTS = {
     "tabletop": ("lapa.evaluation.environments.tabletop_adapter", "TabletopEvaluation"),
+    "metaworld": ("lapa.evaluation.environments.metaworld", "MetaWorldEvaluation"),
 }
 
 

@@ -1,0 +1,60 @@
+"""MetaWorld through the adapter; `pip install "lapa[metaworld]"` and OpenGL, or the tests skip."""
+
+import numpy as np
+import pytest
+
+from lapa.evaluation.environments.metaworld import INSTRUCTIONS, MetaWorldEvaluation
+
+
+@pytest.fixture(scope="module")
+def environment():
+    pytest.importorskip("metaworld", reason='needs `pip install "lapa[metaworld]"`')
+    try:
+        environment = MetaWorldEvaluation(image_size=64, max_steps=120)
+        environment.start("door-open", 0)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield environment
+    environment.close()
+
+
+def test_every_task_has_a_sentence(environment):
+    assert {f"{task}-v3" for task in INSTRUCTIONS} == set(environment._classes)
+    assert len(set(INSTRUCTIONS.values())) == 50
+
+
+def test_the_expert_opens_a_door_from_a_start_that_the_seed_fixes(environment):
+    first = environment.start("door-open", 7)
+    assert first["image"].shape == (64, 64, 3)
+    assert first["image"].dtype == np.uint8
+    result = environment.step(environment.expert_action())
+    while not result.done:
+        result = environment.step(environment.expert_action())
+    assert result.success
+    environment.start("drawer-close", 3)
+    again = environment.start("door-open", 7)
+    assert np.array_equal(first["image"], again["image"])
+    assert np.array_equal(first["proprio"], again["proprio"])
+    assert not np.array_equal(environment.start("door-open", 8)["image"], again["image"])
+
+
+def test_the_picture_is_upright(environment):
+    image = environment.start("door-open", 7)["image"].astype(float)
+    # The table, which is brown, is at the bottom; the wall behind it, which is grey, at the top.
+    redness = image[..., 0] - image[..., 2]
+    assert redness[40:].mean() > redness[:12].mean() + 20
+
+
+def test_an_episode_is_cut_off(environment):
+    environment.start("reach", 1)
+    steps = 1
+    while not (result := environment.step(np.zeros(4, np.float32))).done:
+        steps += 1
+    assert (steps, result.success) == (120, False)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="max_steps"):
+        MetaWorldEvaluation(max_steps=501)
+    with pytest.raises(ValueError, match="image_size"):
+        MetaWorldEvaluation(image_size=4)
