@@ -115,11 +115,13 @@ def measure_layers(args: argparse.Namespace, records: Records, batch: int) -> No
         "attention over 2 frames": lambda: short_attention_forward(position, *heads, None, 8.0)[0],
     }
     for name, function in candidates.items():
-        output = function()
-        gradient = torch.randn_like(output)
-        del output
+        gradient = torch.randn_like(function())
+
+        def forward_backward(function: Any = function, gradient: torch.Tensor = gradient) -> None:
+            function().backward(gradient)
+
         forward = median_seconds(function, args.rounds, device)
-        both = median_seconds(lambda function=function: function().backward(gradient), args.rounds, device)
+        both = median_seconds(forward_backward, args.rounds, device)
         records.add(layer=name, batch=batch, forward_seconds=forward, forward_backward_seconds=both)
 
 
@@ -157,10 +159,10 @@ def main() -> None:
     records = Records("quantizer training", args)
     if args.published is not None:
         compare_published(args.published, args.batch_sizes, args, records)
-    for variant in args.variants:
-        measure_variant(variant, args.size, args, records)
     if args.layers:
         measure_layers(args, records, args.layers)
+    for variant in args.variants:
+        measure_variant(variant, args.size, args, records)
 
 
 if __name__ == "__main__":
