@@ -8,31 +8,25 @@ released models have it; batch 1.
 """
 
 import argparse
-from typing import Any
 
 import torch
+from measuring import Records, add_arguments, peak_gib, reset_peak
+from policy_training import SIZES
 from timing import alternate, print_table
 
 from lapa import LapaConfig, LapaForActionPrediction
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "200m": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "num_attention_heads": 16},
-    "7b": {},
-}
 NUM_TEXT, NUM_IMAGE_TOKENS, NUM_MARKER = 128, 256, 6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="200m")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
+    add_arguments(parser, rounds=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="also a compiled model with a static cache")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    records = Records("policy decode", args)
     config = LapaConfig(text_config=SIZES[args.size], keep_latent_head=True)
     config.dtype = getattr(torch, args.dtype)
     with torch.device(args.device):
@@ -45,19 +39,30 @@ def main() -> None:
         "attention_mask": torch.ones_like(ids),
         "vision_codes": torch.randint(0, 8192, (1, NUM_IMAGE_TOKENS), device=args.device),
     }
-    candidates = {
-        "prefill (one forward)": lambda: model(**inputs, logits_to_keep=1),
-        "4 latent codes": lambda: model.predict_latent_action(**inputs),
-        "7 action tokens": lambda: model.predict_action_tokens(**inputs),
+    static = {"cache_implementation": "static"}
+    groups = {
+        "eager": {
+            "prefill (one forward)": lambda: model(**inputs, logits_to_keep=1),
+            "4 latent codes": lambda: model.predict_latent_action(**inputs),
+            "7 action tokens": lambda: model.predict_action_tokens(**inputs),
+        },
+        "static cache, compiled": {
+            "4 latent codes": lambda: model.predict_latent_action(**inputs, **static),
+            "7 action tokens": lambda: model.predict_action_tokens(**inputs, **static),
+        },
     }
-    if args.compile:
-        static = {"cache_implementation": "static"}
-        candidates |= {
-            "4 latent codes, static cache (compiled)": lambda: model.predict_latent_action(**inputs, **static),
-            "7 action tokens, static cache (compiled)": lambda: model.predict_action_tokens(**inputs, **static),
-        }
-    title = f"policy, {parameters / 1e6:.0f}M parameters, {args.dtype}, {args.device}, {args.threads} threads, batch 1"
-    print_table(title, alternate(candidates, args.rounds, args.device), 1, "calls")
+    for group, candidates in groups.items():
+        if group != "eager" and not args.compile:
+            continue
+        reset_peak(args.device)
+        timings = alternate(candidates, args.rounds, args.device)
+        title = f"policy, {parameters / 1e6:.0f}M parameters, {args.dtype}, {args.device}, {group}, batch 1"
+        print_table(title, timings, 1, "calls")
+        for name, timing in timings.items():
+            records.add(
+                size=args.size, dtype=args.dtype, mode=group, candidate=name, length=ids.shape[1],
+                milliseconds=1e3 * timing.wall, peak_gib=peak_gib(args.device),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ class Timing:
     cpu: float
 
 
-def alternate(candidates: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Timing]:
-    """Run every candidate once per round, in turn, after one warm-up each."""
+def alternate(
+    candidates: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", grad: bool = False
+) -> dict[str, Timing]:
+    """Run every candidate once per round, in turn, after one warm-up each; without gradients unless `grad`."""
 
     def run(function: Callable[[], object]) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -27,7 +29,7 @@ def alternate(candidates: dict[str, Callable[[], object]], rounds: int, device: 
         return time.perf_counter() - wall, time.process_time() - cpu
 
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         for function in candidates.values():
             run(function)
         for _ in range(rounds):

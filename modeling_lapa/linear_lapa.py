@@ -4,6 +4,11 @@ import torch
 from torch import nn
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer does nothing but its product: no adapter, no quantised weights, no hook."""
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not module._forward_hooks
+
+
 def linear(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """`module(states)` for a linear layer, in fp32 inference on a CPU through oneDNN.
 
@@ -16,9 +21,8 @@ def linear(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
         module: The layer; (..., in_features) -> (..., out_features).
         states: (..., in_features).
     """
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__ and not module._forward_hooks
     if (
-        plain
+        is_plain_linear(module)
         and states.device.type == "cpu"
         and states.dtype == module.weight.dtype == torch.float32
         and not torch.is_grad_enabled()

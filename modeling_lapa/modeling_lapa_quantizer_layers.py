@@ -9,10 +9,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lapa.configuration.configuration_lapa_quantizer import PUBLISHED_CNN_BOTTLENECKS, LapaQuantizerConfig
-from lapa.modeling_lapa.linear_lapa import linear
+from lapa.modeling_lapa.linear_lapa import is_plain_linear, linear
 
 # The published attention multiplies cosine similarities by this instead of 1 / sqrt(head_dim).
 COSINE_ATTENTION_SCALE = 8.0
+# Keys up to which attention is written out: kernels work in tiles of 64 and more, which two frames leave empty.
+SHORT_LENGTH = 2
+# Widths that are multiples of this run at full speed on tensor cores; the published inner width, 2730, does not.
+ALIGNED_WIDTH = 64
 
 
 def eager_attention_forward(
@@ -31,6 +35,22 @@ def eager_attention_forward(
         scores = scores + attention_mask
     weights = F.dropout(scores.softmax(-1), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def short_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention over very few keys, without matrix products; shapes as in `eager_attention_forward`."""
+    # b h i d, b h j d -> b h i j d
+    scores = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1) * scaling
+    weights = scores.softmax(-1).to(value.dtype)
+    return (weights.unsqueeze(-1) * value.unsqueeze(2)).sum(3).transpose(1, 2), None
 
 
 def feed_forward_width(config: LapaQuantizerConfig) -> int:
@@ -97,18 +117,40 @@ class LapaQuantizerPositionBias(nn.Module):
         return table[row * (2 * width - 1) + column].permute(2, 0, 1).unsqueeze(0)
 
 
+class CausalDepthwiseConvolution(nn.Conv3d):
+    """Depthwise 3x3x3 convolution over (time, height, width) that sees no later frame; zeros around the volume."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, groups=channels)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """(batch, time, height, width, channels) in, same shape out."""
+        # One 2-D convolution per step back in time: torch's 3-D one is many times slower in the backward pass, and most
+        # of its taps fall on padding (of 27 taps one frame meets 9, two frames 18).
+        mixed = self._convolve(volume, steps_back=0)
+        for steps_back in range(1, min(volume.shape[1], 3)):
+            mixed[:, steps_back:] += self._convolve(volume[:, :-steps_back], steps_back)
+        return mixed
+
+    def _convolve(self, volume: torch.Tensor, steps_back: int) -> torch.Tensor:
+        # b t h w d -> (b t) d h w, whose memory stays channels-last
+        frames = volume.flatten(0, 1).permute(0, 3, 1, 2)
+        weight, bias = self.weight[:, :, 2 - steps_back], None if steps_back else self.bias
+        mixed = F.conv2d(frames, weight, bias, padding=1, groups=self.groups)
+        return mixed.permute(0, 2, 3, 1).reshape(volume.shape)
+
+
 class LapaQuantizerPositionConvolution(nn.Module):
     """Depthwise 3x3x3 convolution over (time, height, width), causal in time (PEG)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.convolution = nn.Conv3d(hidden_size, hidden_size, 3, groups=hidden_size)
+        self.convolution = CausalDepthwiseConvolution(hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, video_shape: tuple[int, int, int, int]) -> torch.Tensor:
         """Reads `hidden_states` (any leading shape, hidden_size) as (batch, time, height, width); same shape out."""
-        volume = hidden_states.reshape(*video_shape, hidden_states.shape[-1]).permute(0, 4, 1, 2, 3)
-        volume = self.convolution(F.pad(volume, (1, 1, 1, 1, 2, 0)))
-        return volume.permute(0, 2, 3, 4, 1).reshape(hidden_states.shape)
+        volume = hidden_states.reshape(*video_shape, hidden_states.shape[-1])
+        return self.convolution(volume).reshape(hidden_states.shape)
 
 
 class LapaQuantizerAttention(nn.Module):
@@ -163,6 +205,8 @@ class LapaQuantizerAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if position_bias is None and key.shape[2] <= SHORT_LENGTH:
+            attention = short_attention_forward
         output, _ = attention(
             self, query, key, value, position_bias, scaling=COSINE_ATTENTION_SCALE, dropout=0.0, is_causal=False
         )
@@ -180,9 +224,20 @@ class LapaQuantizerFeedForward(nn.Module):
         self.down_proj = nn.Linear(inner_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = linear(self.up_proj, in_dtype_of(self.up_proj, self.norm(hidden_states))).chunk(2, dim=-1)
+        states = in_dtype_of(self.up_proj, self.norm(hidden_states))
+        padding = -self.down_proj.in_features % ALIGNED_WIDTH
+        plain = is_plain_linear(self.up_proj) and is_plain_linear(self.down_proj)
+        if padding and plain and states.device.type != "cpu":
+            return self._padded(states, padding).to(hidden_states.dtype)
+        value, gate = linear(self.up_proj, states).chunk(2, dim=-1)
         inner = value * F.gelu(gate)
         return linear(self.down_proj, in_dtype_of(self.down_proj, inner)).to(hidden_states.dtype)
+
+    def _padded(self, states: torch.Tensor, padding: int) -> torch.Tensor:
+        """The same with zero columns up to an aligned width, which change nothing: 0 * gelu(0) = 0."""
+        up = F.pad(self.up_proj.weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
+        value, gate = F.linear(states, up).chunk(2, dim=-1)
+        return F.linear(value * F.gelu(gate), F.pad(self.down_proj.weight, (0, padding)))
 
 
 class LapaQuantizerLayer(GradientCheckpointingLayer):
