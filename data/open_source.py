@@ -60,8 +60,9 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     ```
 
     Args:
-        spec: A local path or fsspec URL, or a mapping with `path`, optionally `kind` (one of `SOURCE_KINDS`) and the
-            options of that kind. Without a kind it is told by what the folder holds.
+        spec: A local path or fsspec URL, or a mapping with `path`, optionally `kind` (one of `SOURCE_KINDS`, or
+            `package.module:ClassName` for a reader of one's own, see `own_kind`) and the options of that kind. Without a
+            kind it is told by what the folder holds.
         options: Options of the source (`split`, `cameras`, `frame_gap_seconds`, ...); they win over those of `spec`.
 
     Returns:
@@ -79,8 +80,6 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     path, kind = str(spec), options.pop("kind", None)
     if kind is None:
         kind = source_kind(path)
-    elif kind not in SOURCE_KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(SOURCE_KINDS)}, got {kind!r}.")
     known = source_options(kind)
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -90,14 +89,59 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     cameras = options.get("cameras")
     if cameras is not None and (isinstance(cameras, str) or not isinstance(cameras, Sequence)):
         raise ValueError(f"`cameras` must be a list of names, got {cameras!r}.")
-    source_class: Any = SOURCE_KINDS[kind].load()
-    source: EpisodeSource = source_class(path, **options)
+    made: Any = source_class(kind)
+    source: EpisodeSource = made(path, **options)
     return source
+
+
+def source_class(kind: str) -> type[EpisodeSource]:
+    """
+    The class that reads a kind.
+
+    Args:
+        kind: One of `SOURCE_KINDS`, or `package.module:ClassName`.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    if isinstance(kind, str) and ":" in kind:
+        return own_kind(kind)
+    if kind not in SOURCE_KINDS:
+        raise ValueError(
+            f"`kind` must be one of {', '.join(SOURCE_KINDS)}, or package.module:ClassName, got {kind!r}."
+        )
+    return SOURCE_KINDS[kind].load()
+
+
+def own_kind(kind: str) -> type[EpisodeSource]:
+    """
+    A reader that is not part of lapa: a subclass of `EpisodeSource` that Python finds by the name of its module.
+
+    It takes the path, and its options as keyword-only arguments: at least `cameras`, better all that every kind has
+    (`split`, `frame_gap_seconds`, `embodiment`, `unnorm_key`). To name one is to run its code, so it is only ever named by
+    who runs a command or wrote a mixture: nothing that lies in a data set is imported.
+
+    Args:
+        kind: `package.module:ClassName`.
+
+    Raises:
+        ValueError: No such module or class, or a class that is no source.
+    """
+    module_name, _, class_name = kind.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise ValueError(f"`kind` must read package.module:ClassName, got {kind!r}.")
+    try:
+        found: Any = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`kind` {kind!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, EpisodeSource)):
+        raise ValueError(f"`kind` {kind!r} is no subclass of lapa.data.episode_source.EpisodeSource.")
+    return found
 
 
 def source_options(kind: str) -> tuple[str, ...]:
     """Names of the options that sources of a kind take."""
-    parameters = inspect.signature(SOURCE_KINDS[kind].load()).parameters.values()
+    parameters = inspect.signature(source_class(kind)).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
@@ -110,8 +154,8 @@ def source_kind(path: str) -> str:
     """
     exists = _exists(path)
     for kind, entry in SOURCE_KINDS.items():
-        source_class: Any = entry.load()
-        if source_class.recognises(path):
+        reader: Any = entry.load()
+        if reader.recognises(path):
             return kind
     if not exists:
         raise ValueError(f"{path} does not exist.")
@@ -200,25 +244,35 @@ def open_mixture(spec: str | Path | Sequence[SourceSpec], **options: Any) -> "tu
     Raises:
         ValueError: A file that is no such list, an unknown key, and what `open_source` refuses; the source is named.
     """
+    sources = []
+    for number, entry in enumerate(mixture_entries(spec, **options), start=1):
+        try:
+            sources.append(open_pair_source(entry))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"source {number} of the mixture ({entry.get('path')}): {error}") from error
+    return tuple(sources)
+
+
+def mixture_entries(spec: str | Path | Sequence[SourceSpec], **options: Any) -> list[dict[str, Any]]:
+    """
+    The sources of a mixture as `open_pair_source` takes them, without opening one; see `open_mixture`.
+
+    Raises:
+        ValueError: A file that is no list of sources.
+    """
     folder, entries = "", spec
     if isinstance(spec, (str, Path)):
         folder, entries = str(Path(spec).parent), _read_list(Path(spec))
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
         raise ValueError(f"a mixture must be a list of at least one source, got {type(entries).__name__} {entries!r}.")
-    sources = []
-    for number, entry in enumerate(entries, start=1):
+    found = []
+    for entry in entries:
         own = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-        where = f"source {number} of the mixture ({own.get('path')})"
-        try:
-            path = own.get("path")
-            if folder and isinstance(path, (str, Path)) and "://" not in str(path):
-                own["path"] = os.path.join(folder, str(path))
-            sources.append(
-                open_pair_source(own, **{name: value for name, value in options.items() if name not in own})
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
-    return tuple(sources)
+        path = own.get("path")
+        if folder and isinstance(path, (str, Path)) and "://" not in str(path):
+            own["path"] = os.path.join(folder, str(path))
+        found.append({**options, **own})
+    return found
 
 
 def read_filters(spec: Any) -> "tuple[PairFilter, ...]":
@@ -273,10 +327,13 @@ __all__ = [
     "SourceKind",
     "SourceSpec",
     "is_mixture",
+    "mixture_entries",
     "open_mixture",
     "open_pair_source",
     "open_source",
+    "own_kind",
     "read_filters",
+    "source_class",
     "source_kind",
     "source_options",
 ]
