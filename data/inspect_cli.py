@@ -144,22 +144,27 @@ def _is_mixture_file(path: str) -> bool:
 
 
 class _Progress:
-    """Counts on standard error while something is read."""
+    """Counts on standard error while something is read; shows nothing before something was."""
 
     def __init__(self, what: str, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=f"reading {what}", unit=unit, leave=False, file=sys.stderr, mininterval=0.5)
+        self._what, self._unit = what, unit
+        self._bar: Any = None
 
     def __enter__(self) -> "Progress":
         return self._step
 
     def _step(self, count: int, total: int | None) -> None:
-        self._bar.total = total
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=f"reading {self._what}", total=total, unit=self._unit, leave=False, file=sys.stderr, mininterval=0.5
+            )
         self._bar.update(count)
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def write(folder: Path, inspections: "Sequence[Inspection]") -> list[str]:
@@ -171,7 +176,7 @@ def write(folder: Path, inspections: "Sequence[Inspection]") -> list[str]:
     files: dict[str, bytes] = {}
     if any(inspection.tiles for inspection in inspections):
         picture = BytesIO()
-        draw_sheet([section_of(inspection) for inspection in inspections]).save(picture, format="PNG")
+        draw_sheet([section_of(inspection, len(inspections)) for inspection in inspections]).save(picture, format="PNG")
         files["pairs.png"] = picture.getvalue()
     else:
         # One of an earlier run would be taken for that of this one.

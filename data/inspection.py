@@ -235,6 +235,7 @@ class PairSampler:
         return {
             "pairs": self.num_pairs,
             "episodes": self.num_taken,
+            "sizes": [[*size, count] for size, count in Counter(tile.size for tile in self._tiles).most_common()],
             "filters": filters,
             "dropped_by_chosen_filters": self.num_dropped,
         }

@@ -10,8 +10,8 @@ from lapa.data.inspection import Inspection
 from lapa.data.inspection_totals import MAX_LISTED
 from lapa.data.read_counts import BLANK_CAMERA, GAP_BIN_SECONDS, NO_FRAME_AT_GAP, TOO_SHORT, UNREADABLE
 
-# Pairs of a contact sheet.
-MAX_TILES = 24
+# Pairs on a contact sheet: of a single source, and of each of many.
+MAX_TILES, LEAST_TILES = 24, 6
 # What the reasons to skip an episode mean.
 REASONS = {
     BLANK_CAMERA: "the camera recorded nothing",
@@ -105,12 +105,18 @@ def _time_line(content: Mapping[str, Any]) -> str:
     hours, without = content["hours"], content["frequency"]["episodes_without_times"]
     if hours is None:
         return "unknown: the frames have no times"
-    time = f"{hours:,.2f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
+    time = _duration(hours)
     time += f", without {_count(without, 'episode')} that have no times" if without else ""
     looked = content["episodes_looked_at"]
     if looked < content["episodes"]:
-        time += f" (about {hours * content['episodes'] / looked:,.1f} h in all, if the other episodes are like these)"
+        time += f" (about {_duration(hours * content['episodes'] / looked)} in all, if the other episodes are like these)"
     return time
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.2f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
 
 
 def _camera_lines(content: Mapping[str, Any]) -> Iterator[str]:
@@ -119,9 +125,13 @@ def _camera_lines(content: Mapping[str, Any]) -> Iterator[str]:
         stored = [f"{entry['width']} x {entry['height']} {entry['codec']}" for entry in camera["formats"]]
         if len(stored) > 1:
             counts = [entry["episodes"] for entry in camera["formats"]]
-            stored = [f"{text} ({count:,})" for text, count in zip(stored, counts)]
+            stored = [f"{text} ({_count(count, 'episode')})" for text, count in zip(stored, counts)]
         more = f", ... ({len(stored)} sizes or codecs)" if len(stored) > MAX_LISTED else ""
-        line = f"{name}: {', '.join(stored[:MAX_LISTED]) + more or 'not known without decoding'}"
+        line = f"{name}: {', '.join(stored[:MAX_LISTED]) + more or 'size not known without decoding'}"
+        # (height, width, pairs) of what was decoded.
+        decoded = [f"{size[1]} x {size[0]}" for size in content["pairs"]["looked_at"]["sizes"]] if name == chosen else []
+        if set(decoded) - {text.rpartition(" ")[0] for text in stored} and len(stored) <= 1:
+            line = f"{line}; decoded frames are {' and '.join(decoded)}"
         if not camera["episodes"]:
             line = f"{name}:"
         if camera[BLANK_CAMERA]:
@@ -149,9 +159,9 @@ def _frequency_lines(frequency: Mapping[str, Any]) -> Iterator[str]:
 
 def _instruction_facts(texts: Mapping[str, Any], unit: str) -> Iterator[Fact]:
     without = texts[f"{unit}_without"]
-    missing = f"{without:,} {unit} have none" if without else f"all {unit} have one"
+    missing = f"none in {_count(without, unit[:-1])}" if without else f"at least one in each of the {unit}"
     several = texts.get("episodes_with_several", 0)
-    more = f", {_count(several, 'episode')} several" if several else ""
+    more = f", several in {_count(several, 'episode')}" if several else ""
     lines = [f"{texts['count']:,}, {texts['distinct']:,} different; {missing}{more}"]
     if not texts["count"]:
         lines = ["none"]
@@ -210,7 +220,7 @@ def _pair_facts(content: Mapping[str, Any]) -> Iterator[Fact]:
         if len(pairs["gap_frames"]) > 1 or len(pairs["gap_hundredths_of_a_second"]) > 1:
             yield Fact("gaps", (), tuple(_histogram(pairs)))
     yield from _skip_facts(pairs["skipped_episodes"])
-    if not pairs["skipped_episodes"] and not pairs["dropped"]:
+    if pairs["count"] is not None and not pairs["skipped_episodes"] and not pairs["dropped"]:
         yield Fact("skipped", ("no episode",))
     for name, count in pairs["dropped"].items():
         meaning = "no frame lies near enough to where the gap ends" if name == NO_FRAME_AT_GAP else ""
@@ -264,17 +274,17 @@ def _filter_lines(looked_at: Mapping[str, Any]) -> Iterator[str]:
     seen = f"{_count(pairs, 'pair')} of {_count(looked_at['episodes'], 'episode')}"
     if chosen:
         dropped = looked_at["dropped_by_chosen_filters"]
-        yield f"{', '.join(chosen)} leave out {dropped:,} of the {seen} that were decoded ({dropped / pairs:.1%})"
+        yield f"of the {seen} that were decoded, {', '.join(chosen)} left out {dropped:,} ({dropped / pairs:.1%}); each alone:"
     else:
         yield f"none chosen (--filters); of the {seen} that were decoded they would leave out:"
     for name, entry in filters.items():
         yield f"{name}: {entry['drops']:,}{' (chosen)' if entry['chosen'] else ''}, {entry['rule']}"
 
 
-def section_of(inspection: Inspection) -> Section:
-    """The part of the contact sheet about one source: its pairs, evenly thinned."""
+def section_of(inspection: Inspection, num_sections: int = 1) -> Section:
+    """The part of the contact sheet about one of `num_sections` sources: its pairs, evenly thinned."""
     content, tiles = inspection.content, inspection.tiles
-    count = min(MAX_TILES, len(tiles))
+    count = min(max(LEAST_TILES, MAX_TILES // num_sections), len(tiles))
     chosen = [tiles[(number * len(tiles) + len(tiles) // 2) // count] for number in range(count)]
     if "pairs" not in content:
         line = f"{content['rows']:,} labelled steps, each with the step that its codes lead to, and the difference"
