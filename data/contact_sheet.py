@@ -74,7 +74,8 @@ def make_tile(
 def difference(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(height, width, 3) uint8: how far each channel of two frames differs, `DIFFERENCE_GAIN` times as bright."""
     change = np.abs(frames[1].astype(np.int16) - frames[0].astype(np.int16)) * DIFFERENCE_GAIN
-    return change.clip(0, 255).astype(np.uint8)
+    shown: NDArray[np.uint8] = change.clip(0, 255).astype(np.uint8)
+    return shown
 
 
 def draw_sheet(sections: Sequence[Section]) -> Image.Image:
@@ -110,7 +111,8 @@ def _section_height(section: Section) -> int:
 
 
 def _row_height(row: Sequence[Tile]) -> int:
-    return 2 * CAPTION_HEIGHT + max(tile.frames.shape[1] for tile in row) + MARGIN
+    height: int = max(tile.frames.shape[1] for tile in row)
+    return 2 * CAPTION_HEIGHT + height + MARGIN
 
 
 def _draw_tile(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:

@@ -35,7 +35,7 @@ class FormatReader:
     def __init__(self) -> None:
         self._by_file: dict[str, FrameFormat] = {}
 
-    def read(self, frames: Sequence[NDArray[np.uint8]]) -> FrameFormat | None:
+    def read(self, frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> FrameFormat | None:
         """
         The format of a camera's frames, by the first of them.
 

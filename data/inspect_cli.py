@@ -115,7 +115,9 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
             rows = inspect_published
         if rows is not None:
             if chosen:
-                raise ValueError(f"`{next(iter(chosen))}` is about data sets of episodes; {source} holds rows of steps.")
+                raise ValueError(
+                    f"`{next(iter(chosen))}` is about data sets of episodes; {source} holds rows of steps."
+                )
             with _Progress(source, "row") as step:
                 return [rows(source, options, step)]
         if is_mixture(source):
@@ -158,7 +160,12 @@ class _Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                desc=f"reading {self._what}", total=total, unit=self._unit, leave=False, file=sys.stderr, mininterval=0.5
+                desc=f"reading {self._what}",
+                total=total,
+                unit=self._unit,
+                leave=False,
+                file=sys.stderr,
+                mininterval=0.5,
             )
         self._bar.update(count)
 
@@ -176,7 +183,9 @@ def write(folder: Path, inspections: "Sequence[Inspection]") -> list[str]:
     files: dict[str, bytes] = {}
     if any(inspection.tiles for inspection in inspections):
         picture = BytesIO()
-        draw_sheet([section_of(inspection, len(inspections)) for inspection in inspections]).save(picture, format="PNG")
+        draw_sheet([section_of(inspection, len(inspections)) for inspection in inspections]).save(
+            picture, format="PNG"
+        )
         files["pairs.png"] = picture.getvalue()
     else:
         # One of an earlier run would be taken for that of this one.

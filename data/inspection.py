@@ -200,7 +200,9 @@ class PairSampler:
         self.num_offered += 1
         if not due or not len(steps):
             return
-        share = self.wanted * (self.num_taken + 1) // self.num_sampled - self.wanted * self.num_taken // self.num_sampled
+        share = (
+            self.wanted * (self.num_taken + 1) // self.num_sampled - self.wanted * self.num_taken // self.num_sampled
+        )
         self.num_taken += 1
         count = min(share, len(steps))
         places = (np.arange(count) * len(steps) + len(steps) // 2) // count
@@ -210,9 +212,7 @@ class PairSampler:
                 assert not isinstance(frames, str)
                 self._add(episode, pair, frames)
 
-    def _add(
-        self, episode: Episode, steps: list[int], frames: tuple[NDArray[np.uint8], NDArray[np.uint8]]
-    ) -> None:
+    def _add(self, episode: Episode, steps: list[int], frames: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> None:
         first, second = (FrameSummary(frame) for frame in frames)
         by = [item.name for item in self.filters if item.drops(first, second)]
         self.dropped.update(by)

@@ -109,7 +109,9 @@ def _time_line(content: Mapping[str, Any]) -> str:
     time += f", without {_count(without, 'episode')} that have no times" if without else ""
     looked = content["episodes_looked_at"]
     if looked < content["episodes"]:
-        time += f" (about {_duration(hours * content['episodes'] / looked)} in all, if the other episodes are like these)"
+        time += (
+            f" (about {_duration(hours * content['episodes'] / looked)} in all, if the other episodes are like these)"
+        )
     return time
 
 
@@ -129,7 +131,9 @@ def _camera_lines(content: Mapping[str, Any]) -> Iterator[str]:
         more = f", ... ({len(stored)} sizes or codecs)" if len(stored) > MAX_LISTED else ""
         line = f"{name}: {', '.join(stored[:MAX_LISTED]) + more or 'size not known without decoding'}"
         # (height, width, pairs) of what was decoded.
-        decoded = [f"{size[1]} x {size[0]}" for size in content["pairs"]["looked_at"]["sizes"]] if name == chosen else []
+        decoded = (
+            [f"{size[1]} x {size[0]}" for size in content["pairs"]["looked_at"]["sizes"]] if name == chosen else []
+        )
         if set(decoded) - {text.rpartition(" ")[0] for text in stored} and len(stored) <= 1:
             line = f"{line}; decoded frames are {' and '.join(decoded)}"
         if not camera["episodes"]:
@@ -351,7 +355,11 @@ def _html_table(table: Sequence[Sequence[str]]) -> str:
     with_bars = header[-1] == "share"
     cells = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
     for row in rows:
-        bar = f'<td><span class="bar" style="width:{float(row[-1][:-1]) * 2:.0f}px"></span></td>' if with_bars else ""
+        bar = (
+            f'<td style="text-align:left"><span class="bar" style="width:{float(row[-1][:-1]) * 2:.0f}px"></span></td>'
+            if with_bars
+            else ""
+        )
         cells.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + bar + "</tr>")
     return f"<table>{''.join(cells)}</table>"
 

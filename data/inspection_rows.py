@@ -131,9 +131,7 @@ class RowTotals:
         }
 
 
-def inspect_published(
-    path: str, options: InspectOptions, progress: Progress = no_progress
-) -> Inspection:
+def inspect_published(path: str, options: InspectOptions, progress: Progress = no_progress) -> Inspection:
     """
     Reads all rows of a published file.
 
@@ -165,9 +163,7 @@ def is_label_folder(path: str) -> bool:
     return (folder / LABEL_MANIFEST).is_file() and any(folder.glob(LABEL_FILES))
 
 
-def inspect_labels(
-    path: str, options: InspectOptions, progress: Progress = no_progress
-) -> Inspection:
+def inspect_labels(path: str, options: InspectOptions, progress: Progress = no_progress) -> Inspection:
     """
     Reads the columns of a folder of labels, images only for a contact sheet.
 
@@ -277,13 +273,13 @@ def _tile(rows: list[dict[str, Any]], images: Any, first: int, second: int, step
         value = images[number].as_py()
         with Image.open(BytesIO(value["bytes"] if isinstance(value, dict) else value)) as image:
             frames.append(np.asarray(image.convert("RGB")))
-    times = [rows[number].get("timestamp") for number in (first, second)]
+    times = [rows[number]["timestamp"] for number in (first, second) if rows[number].get("timestamp") is not None]
     tile = make_tile(
         frames[0],
         frames[1],
         str(rows[first]["episode_id"]),
         (rows[first][step], rows[second][step]),
-        None if None in times else times[1] - times[0],
+        times[1] - times[0] if len(times) == 2 else None,
     )
     codes = rows[first].get(CODES)
     return tile if codes is None else Tile(**{**vars(tile), "notes": ("codes " + " ".join(map(str, codes)),)})

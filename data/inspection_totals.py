@@ -187,7 +187,9 @@ class EpisodeTotals:
                 "max": int(lengths.max()),
             },
             "hours": None if not self.rates else self.seconds / 3600,
-            "cameras": {name: {**camera.to_dict(), BLANK_CAMERA: blank[name]} for name, camera in self.cameras.items()},
+            "cameras": {
+                name: {**camera.to_dict(), BLANK_CAMERA: blank[name]} for name, camera in self.cameras.items()
+            },
             "unreadable_in_other_cameras": self.other_cameras.to_dict(),
             "frequency": {
                 "hz": [{"hz": rate, "episodes": count} for rate, count in self.rates.most_common(MAX_LISTED)],
@@ -196,9 +198,7 @@ class EpisodeTotals:
                 "episodes_of_variable_rate": self.num_variable,
                 "episodes_without_times": self.num_without_times,
             },
-            "instructions": instruction_totals(
-                self.instructions, self.num_without_instruction, self.num_with_several
-            ),
+            "instructions": instruction_totals(self.instructions, self.num_without_instruction, self.num_with_several),
             **{kind: self._numbers_dict(kind) for kind in ("action", "proprio")},
             "embodiments": {str(name): count for name, count in self.embodiments.most_common()},
             "pairs": self._pairs_dict(),

@@ -49,7 +49,7 @@ class NumberSummary:
             return True
         if rows.ndim != 2 or self.dim not in (None, rows.shape[1]):
             return False
-        finite = np.isfinite(rows).all(axis=1)
+        finite: NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
         self.num_not_finite += int((~finite).sum())
         low = np.where(finite[:, None], rows, np.inf).min(axis=0)
         high = np.where(finite[:, None], rows, -np.inf).max(axis=0)
