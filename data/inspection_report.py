@@ -95,9 +95,8 @@ def _row_facts(content: Mapping[str, Any]) -> Iterator[Fact]:
     for name in ("embodiment", "unnorm_key", "source"):
         if content.get(name):
             yield Fact(name, tuple(f"{value} ({count:,} rows)" for value, count in content[name].items()))
-    for name, value in content.get("provenance", {}).items():
-        entries = value.items() if isinstance(value, Mapping) else [("", value)]
-        yield Fact(name, tuple(f"{key}: {_short(entry)}" if key else _short(entry) for key, entry in entries))
+    if content.get("made_with"):
+        yield Fact("made with", tuple(f"{name}: {_short(value)}" for name, value in content["made_with"].items()))
     yield from _skip_facts(content["unreadable"])
 
 

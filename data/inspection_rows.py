@@ -1,6 +1,7 @@
 """What is in a published JSON or JSONL file, and in a folder of labels: rows of steps instead of episodes."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lapa.data.contact_sheet import Tile, make_tile
+from lapa.data.episode_source import OnError
 from lapa.data.inspection import Inspection, InspectOptions, Progress, no_progress
 from lapa.data.inspection_totals import MAX_LISTED, Reasons, instruction_totals, number_totals
 from lapa.data.jsonl import published_target, read_rows
@@ -21,16 +23,17 @@ from lapa.data.read_counts import UNREADABLE
 from lapa.data.schema import ReadError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
-LABEL_MANIFEST, LABEL_FILES = "labels.json", "*.parquet"
+LABEL_MANIFEST, LABEL_ENDINGS = "labels.json", (".parquet", ".jsonl", ".jsonl.gz")
+# A file says how many there are.
+UNIT_FILE = re.compile(r"-of-([0-9]+)\.")
+# What pyarrow, and a table that is none of labels, may raise.
+READ_ERRORS = (OSError, KeyError, ValueError, TypeError)
 CODES, STEP_COLUMNS, OFFSET = "latent_action_codes", ("step_index", "step"), "next_frame_offset"
 # Columns of labels that are added up; images are only looked at for the contact sheet.
 TEXT_COLUMNS = ("embodiment", "unnorm_key", "source")
 ROW_GROUPS_SHOWN, PAIRS_PER_ROW_GROUP = 8, 4
-# What other libraries keep for themselves in a parquet file.
-FOREIGN_METADATA = ("huggingface", "pandas", "ARROW:schema")
 ROWS_PER_BATCH = 8192
 
 
@@ -146,21 +149,33 @@ def inspect_published(path: str, options: InspectOptions, progress: Progress = n
             raise error
         totals.unreadable.add(UNREADABLE, str(error))
 
+    _read_published(path, target, totals, unreadable, progress)
+    content = {"path": path, "kind": f"published {target} rows", "name": Path(path).name, "warnings": []}
+    return Inspection({**content, **totals.to_dict()})
+
+
+def _read_published(path: str, target: str, totals: RowTotals, unreadable: OnError, progress: Progress) -> None:
+    """Adds the rows of a published file."""
     try:
         for row in read_rows(path, target, unreadable):
             totals.add(row.sentence, row.latent_action_codes, row.vision_codes, row.action)
             progress(1, None)
     except ReadError as error:
-        # The end of the reading: a file that is cut short.
+        # The end of the reading: a file that is cut short. With `on_error="raise"` it is raised again.
         unreadable(error)
-    content = {"path": path, "kind": f"published {target} rows", "name": Path(path).name, "warnings": []}
-    return Inspection({**content, **totals.to_dict()})
 
 
 def is_label_folder(path: str) -> bool:
     """Whether a local folder is one that `lapa label` wrote."""
-    folder = Path(path)
-    return (folder / LABEL_MANIFEST).is_file() and any(folder.glob(LABEL_FILES))
+    return (Path(path) / LABEL_MANIFEST).is_file() and bool(_label_files(path))
+
+
+def _label_files(path: str) -> list[Path]:
+    """Files with rows, in order."""
+    folders = (Path(path), Path(path) / "data")
+    return [
+        file for folder in folders for ending in LABEL_ENDINGS for file in sorted(folder.glob(f"labels-*{ending}"))
+    ]
 
 
 def inspect_labels(path: str, options: InspectOptions, progress: Progress = no_progress) -> Inspection:
@@ -170,57 +185,71 @@ def inspect_labels(path: str, options: InspectOptions, progress: Progress = no_p
     Raises:
         ReadError: With `on_error="raise"`, a file that cannot be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    totals, tiles, warnings = RowTotals(), list[Tile](), list[str]()
-    provenance: dict[str, Any] = {}
-    try:
-        provenance[LABEL_MANIFEST] = json.loads((Path(path) / LABEL_MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        warnings.append(f"{LABEL_MANIFEST} cannot be read: {error}")
-    files = sorted(Path(path).glob(LABEL_FILES))
+    totals, tiles, columns = RowTotals(), list[Tile](), list[str]()
+    files = _label_files(path)
+    manifest, warnings = _read_manifest(path, files)
     shown = {files[place] for place in np.linspace(0, len(files) - 1, ROW_GROUPS_SHOWN).astype(int)}
-    columns: list[str] = []
+
+    def unreadable(error: ReadError) -> None:
+        if options.on_error == "raise":
+            raise error
+        totals.unreadable.add(UNREADABLE, str(error))
+
     for file in files:
+        if file.suffix != ".parquet":
+            _read_published(str(file), "latent", totals, unreadable, progress)
+            continue
         try:
-            with parquet.ParquetFile(file) as table:
-                columns = table.schema_arrow.names
-                provenance |= _schema_provenance(table.schema_arrow)
-                for count in _add_rows(table, totals):
-                    progress(count, None)
-                if file in shown and options.num_pairs:
-                    tiles += _tiles(table, provenance, -(-ROW_GROUPS_SHOWN // len(shown)))
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            failure = ReadError(f"{file.name}: {str(error).rstrip('.')}.")
-            if options.on_error == "raise":
-                raise failure from error
-            totals.unreadable.add(UNREADABLE, str(failure))
+            names, found = _read_table(file, totals, progress, manifest, len(shown) if file in shown else 0)
+        except READ_ERRORS as error:
+            unreadable(ReadError(f"{file.name}: {str(error).rstrip('.')}."))
+            continue
+        columns, tiles = names, tiles + found
     content = {
         "path": path,
         "kind": "labels",
         "name": Path(path).resolve().name,
         "files": len(files),
         "columns": columns,
-        "provenance": provenance,
+        # All but the list of files and the counts, which are what is counted here.
+        "made_with": manifest.get("settings", {name: manifest[name] for name in manifest if name != "units"}),
         "warnings": warnings,
         **totals.to_dict(),
     }
     return Inspection(content, tuple(tiles[: options.num_pairs]))
 
 
-def _schema_provenance(schema: "pa.Schema") -> dict[str, Any]:
-    """What was written about the labels into a parquet file, JSON taken apart where it is some."""
-    found: dict[str, Any] = {}
-    for name, value in (schema.metadata or {}).items():
-        key, text = name.decode("utf-8", "replace"), value.decode("utf-8", "replace")
-        if key in FOREIGN_METADATA:
-            continue
-        try:
-            found[key] = json.loads(text)
-        except ValueError:
-            found[key] = text
-    return found
+def _read_manifest(path: str, files: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """What a folder says about itself, and what it lacks."""
+    try:
+        manifest = json.loads((Path(path) / LABEL_MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        return {}, [f"{LABEL_MANIFEST} cannot be read: {error}"]
+    warnings = []
+    if manifest.get("complete") is False:
+        command = manifest.get("command")
+        warnings.append("labelling is not complete" + (f"; this goes on with it: {command}" if command else ""))
+    counts = {int(match[1]) for file in files if (match := UNIT_FILE.search(file.name))}
+    announced = max(counts, default=0)
+    if announced > len(files):
+        warnings.append(f"{announced - len(files)} of {announced} files are absent")
+    return manifest, warnings
+
+
+def _read_table(
+    file: Path, totals: RowTotals, progress: Progress, manifest: dict[str, Any], num_shown: int
+) -> tuple[list[str], list[Tile]]:
+    """Adds the rows of a parquet file; columns, and pairs for the sheet where it is one of `num_shown` files with some."""
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file) as table:
+        for count in _add_rows(table, totals):
+            progress(count, None)
+        gap = manifest.get("frame_gap")
+        tiles = _tiles(table, gap, -(-ROW_GROUPS_SHOWN // num_shown)) if num_shown else []
+        return table.schema_arrow.names, tiles
 
 
 def _add_rows(table: "parquet.ParquetFile", totals: RowTotals) -> Iterator[int]:
@@ -239,13 +268,12 @@ def _add_rows(table: "parquet.ParquetFile", totals: RowTotals) -> Iterator[int]:
         yield batch.num_rows
 
 
-def _tiles(table: "parquet.ParquetFile", provenance: dict[str, Any], num_groups: int) -> list[Tile]:
+def _tiles(table: "parquet.ParquetFile", gap: int | None, num_groups: int) -> list[Tile]:
     """Pairs out of some row groups: a labelled step, and the step of the same episode that its code leads to."""
     names = table.schema_arrow.names
     step = next((name for name in STEP_COLUMNS if name in names), None)
     if step is None or "image" not in names:
         return []
-    gap = (provenance.get(LABEL_MANIFEST) or {}).get("frame_gap")
     wanted = [name for name in ("episode_id", step, OFFSET, CODES, "timestamp") if name in names]
     groups = np.unique(np.linspace(0, table.num_row_groups - 1, num_groups).astype(int))
     tiles = []

@@ -15,6 +15,7 @@ from lapa.cli import main
 from lapa.data.contact_sheet import TILE_SIZE, Section, difference, draw_sheet, make_tile
 from lapa.data.folders import VideoFolderSource
 from lapa.data.inspection import InspectOptions, evenly_spaced, inspect_source
+from lapa.data.inspection_rows import inspect_labels
 from lapa.data.number_summary import MAX_ROWS, NumberSummary
 from lapa.data.video import VideoFrames
 
@@ -244,21 +245,29 @@ def test_a_folder_of_labels(tmp_path, capsys):
         for step in range(4)
     ]
     folder = tmp_path / "labels"
-    folder.mkdir()
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"lapa": json.dumps({"quantizer_hash": "abc"})})
-    parquet.write_table(table, folder / "labels-00000.parquet")
-    (folder / "labels-00001.parquet").write_bytes(b"PAR1 cut")
-    (folder / "labels.json").write_text(json.dumps({"frame_gap_seconds": 0.4}))
+    (folder / "data").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "data" / "labels-00000-of-00004.parquet")
+    (folder / "data" / "labels-00001-of-00004.parquet").write_bytes(b"PAR1 cut")
+    manifest = {"complete": False, "command": "lapa label --again", "settings": {"quantizer_hash": "abc"}, "units": []}
+    (folder / "labels.json").write_text(json.dumps(manifest))
     assert main(["inspect", str(folder), "--output", str(tmp_path / "out"), "--json"]) == 0
     (content,) = json.loads(capsys.readouterr().out)
     assert (content["kind"], content["rows"], content["episodes"], content["files"]) == ("labels", 8, 2, 2)
-    assert content["provenance"] == {"labels.json": {"frame_gap_seconds": 0.4}, "lapa": {"quantizer_hash": "abc"}}
+    assert content["made_with"] == {"quantizer_hash": "abc"}
+    assert content["warnings"] == [
+        "labelling is not complete; this goes on with it: lapa label --again", "2 of 4 files are absent",
+    ]  # fmt: skip
     assert content["instructions"]["rows_without"] == 4
     assert content["latent_action_codes"]["most_common"][0] == {"code": 7, "share": 0.5}
     assert content["action"]["dimensions"][0]["constant"] and content["embodiment"] == {"widowx": 8}
-    assert "labels-00001.parquet" in content["unreadable"]["unreadable"]["examples"][0]
+    assert "labels-00001-of-00004.parquet" in content["unreadable"]["unreadable"]["examples"][0]
+    found = inspect_labels(str(folder), InspectOptions())
+    assert [(tile.episode_id, tile.steps, tile.notes) for tile in found.tiles] == [
+        (episode, (step, step + 2), (f"codes {step} 7",)) for episode in ("a", "b") for step in (0, 1)
+    ]
+    assert np.array_equal(found.tiles[1].frames, make_tile(frames[1], frames[3], "", (1, 3)).frames)
     assert (tmp_path / "out" / "pairs.png").is_file()
-    assert "labels-00001.parquet" in refused(capsys, folder, "--on-error", "raise")
+    assert "labels-00001-of-00004.parquet" in refused(capsys, folder, "--on-error", "raise")
 
 
 def test_a_tile_shows_both_frames_and_what_changed():
