@@ -18,7 +18,7 @@ from lapa.data.pair_filters import BlankFrames, FrameSummary, PairFilter, ShotCu
 from lapa.data.schema import Episode, ReadError
 
 # Options of an entry that are about its pairs, not about the source.
-PAIR_OPTIONS = ("weight", "camera", "frame_gap", "filters")
+PAIR_OPTIONS = ("weight", "camera", "frame_gap", "frame_gap_seconds", "filters")
 # Episodes that pairs are decoded of, and pairs decoded at a time (they may be large).
 MAX_SAMPLED_EPISODES, PAIRS_AT_ONCE = 32, 8
 
@@ -120,7 +120,8 @@ def inspect_source(
         "episodes": source.num_episodes,
         "shards": len(source.shards),
         "episodes_looked_at": total,
-        "default_frame_gap_seconds": source.frame_gap_seconds,
+        "default_frame_gap_seconds": whole.frame_gap_seconds,
+        "gap_is_default": entry.get("frame_gap") is None and entry.get("frame_gap_seconds") is None,
         "embodiment": source.embodiment,
         "unnorm_key": source.unnorm_key,
         "warnings": list(dict.fromkeys([*source.warnings, *whole.warnings])),

@@ -239,8 +239,10 @@ def gap_text(content: Mapping[str, Any]) -> str:
     if pairs["frame_gap"] is not None:
         mean = f" ({pairs['mean_seconds']:.2f} s on average)" if pairs["mean_seconds"] is not None else ""
         return f"{_count(pairs['frame_gap'], 'frame')} apart{mean}"
-    is_default = pairs["frame_gap_seconds"] == content["default_frame_gap_seconds"]
-    return f"{pairs['frame_gap_seconds']:g} s apart" + (" (the default here)" if is_default else "")
+    default = (
+        "the default" if content["gap_is_default"] else f"{content['default_frame_gap_seconds']:g} s is the default"
+    )
+    return f"{pairs['frame_gap_seconds']:g} s apart ({default})"
 
 
 def _histogram(pairs: Mapping[str, Any]) -> Iterator[Sequence[str]]:

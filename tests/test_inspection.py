@@ -175,6 +175,8 @@ def test_a_mixture_and_what_is_written(videos, tmp_path, capsys):
     assert captured.err.endswith("inspection.html, inspection.json, pairs.png\n")
     first, second = json.loads((out / "inspection.json").read_text())
     assert (first["pairs"]["frame_gap"], second["pairs"]["count"]) == (5, 20)
+    assert (second["gap_is_default"], second["default_frame_gap_seconds"]) == (False, 2.4)
+    assert "1 s apart (2.4 s is the default)" in captured.out
     page = (out / "inspection.html").read_text()
     assert "d_cut.mp4 is cut short" in page and 'src="pairs.png"' in page
     sheet = (out / "pairs.png").read_bytes()
