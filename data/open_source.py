@@ -170,8 +170,9 @@ def _exists(path: str) -> bool:
     try:
         system, inner = url_to_fs(path)
         return bool(system.exists(inner))
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened: {error}") from error
+    # A file system raises whatever the client raises that it talks through.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened: {error or type(error).__name__}") from error
 
 
 def is_mixture(spec: Any) -> bool:
