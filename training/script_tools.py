@@ -27,28 +27,6 @@ def log_warnings(sources: "Iterable[EpisodeSource]") -> None:
             logger.warning("%s: %s", source.name, warning)
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """
-    The newest checkpoint that is complete; None where there is none.
-
-    A run that is killed while it saves leaves a folder without `trainer_state.json`, which is written last.
-    """
-    from transformers.trainer_callback import TrainerState
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-    folders = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    for folder in sorted(folders, key=lambda path: -int(path.name.split("-")[-1])):
-        try:
-            TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        except (OSError, ValueError, TypeError):
-            logger.warning("%s is not complete, an earlier checkpoint is looked for", folder)
-            continue
-        return str(folder)
-    return None
-
-
 def check_checkpoint(folder: str, model_type: str, argument: str = "model") -> None:
     """Refuses, by name, a folder that holds another kind of model."""
     path = Path(folder) / "config.json"
@@ -84,6 +62,7 @@ def run_training(trainer: Any, training_args: Any) -> None:
 
     A checkpoint that a killed run did not finish is passed over. The output folder gets the metrics of the evaluation and, in `trainer_state.json`, the log of the whole run.
     """
+    from lapa.training.safe_checkpoints import last_checkpoint
     from lapa.training.stream_training import REPORT_FILE
 
     resume = training_args.resume_from_checkpoint
@@ -135,7 +114,6 @@ __all__ = [
     "check_evaluation",
     "check_output",
     "data_seed",
-    "last_checkpoint",
     "load_options",
     "log_warnings",
     "run_training",
