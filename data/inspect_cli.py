@@ -104,9 +104,9 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
     from lapa.data.inspection import inspect_source
     from lapa.data.inspection_rows import inspect_labels, inspect_published, is_label_folder
     from lapa.data.jsonl import is_published_file
-    from lapa.data.open_source import is_mixture, mixture_entries
+    from lapa.data.open_source import MixtureEntry, is_mixture, mixture_entries
 
-    entries = [{"path": source, **chosen}]
+    entries = [MixtureEntry("", {"path": source, **chosen})]
     if "kind" not in chosen:
         rows: Callable[..., Inspection] | None = None
         if is_label_folder(source):
@@ -123,14 +123,14 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
         if is_mixture(source):
             entries = mixture_entries(source, **chosen)
     found = []
-    for number, entry in enumerate(entries, start=1):
+    for entry in entries:
         try:
-            with _Progress(str(entry.get("path")), "episode") as step:
-                found.append(inspect_source(entry, options, step))
+            with _Progress(str(entry.options.get("path")), "episode") as step:
+                inspection = inspect_source(entry.options, options, step)
         except ValueError as error:
-            if len(entries) == 1:
-                raise
-            raise ValueError(f"source {number} of the mixture ({entry.get('path')}): {error}") from error
+            raise ValueError(f"{entry.where}: {error}" if entry.where else str(error)) from error
+        inspection.content["warnings"].extend(entry.notes)
+        found.append(inspection)
     return found
 
 
