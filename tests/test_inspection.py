@@ -190,6 +190,19 @@ def test_a_mixture_and_what_is_written(videos, tmp_path, capsys):
     assert "source 2 of the mixture" in refused(capsys, tmp_path / "mixture.yaml")
 
 
+def test_a_published_mixture(tmp_path, capsys):
+    """The data sets of Open X-Embodiment that are there; those that are not are a warning where they may be missing."""
+    (tmp_path / "bridge_dataset").mkdir()
+    (tmp_path / "bridge_dataset" / "1.0.0").symlink_to(shared_path(BRIDGE))
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("- {open_x: magic_soup_plus, path: ., allow_missing: true, camera: secondary}\n")
+    content = inspect(capsys, mixture)
+    assert (content["weight"], content["pairs"]["camera"], content["pairs"]["count"]) == (1.0, "image_1", 175)
+    assert any("are left out, which" in warning for warning in content["warnings"])
+    mixture.write_text("- {open_x: magic_soup_plus, path: .}\n")
+    assert "source 1 of the mixture" in refused(capsys, mixture)
+
+
 def test_a_page_shows_names_as_text(tmp_path, capsys):
     (tmp_path / "<b>clips").mkdir()
     (tmp_path / "<b>clips" / "a.mp4").write_bytes(encode_video(moving_frames(3)))
