@@ -50,8 +50,12 @@ class FormatReader:
         if isinstance(frames, VideoFrames):
             return self._of_video(frames)
         if isinstance(frames, ImageFrames):
-            with frames.tree.open(frames.images[0]) as file:
-                return _of_image(file, frames.tree.location(frames.images[0]))
+            name = frames.tree.location(frames.images[0])
+            try:
+                with frames.tree.open(frames.images[0]) as file:
+                    return _of_image(file, name)
+            except OSError as error:
+                raise ReadError(f"{name} cannot be opened: {error.strerror or error}.") from error
         if isinstance(frames, EncodedFrames):
             return _of_image(BytesIO(frames.encoded[0]), f"frame 0 of {frames.name}")
         if isinstance(frames, np.ndarray):

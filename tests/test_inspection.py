@@ -158,7 +158,13 @@ def test_frames_without_times(tmp_path, capsys):
     content = inspect(capsys, tmp_path / "clips")
     assert content["pairs"]["count"] is None and "--frequency" in content["pairs"]["unknown_because"]
     assert content["hours"] is None and content["frequency"]["episodes_without_times"] == 1
+    (tmp_path / "clips" / "other").mkdir()
+    (tmp_path / "clips" / "other" / "0.png").write_text("no image")
+    (tmp_path / "clips" / "third").mkdir()
+    (tmp_path / "clips" / "third" / "0.png").symlink_to("nowhere")
     content = inspect(capsys, tmp_path / "clips", "--frequency", "2", "--frame-gap-seconds", "1")
+    damaged, absent = content["pairs"]["skipped_episodes"]["unreadable"]["examples"]
+    assert "other/0.png is no readable image" in damaged and "third/0.png cannot be opened: No such file" in absent
     assert content["pairs"]["gap_frames"] == {"2": 4} and content["hours"] == pytest.approx(3 / 3600)
     assert content["pairs"]["gap_hundredths_of_a_second"] == {"100": 4}
 
