@@ -59,7 +59,7 @@ def read_captions(tree: FileTree, captions: str | None = None) -> tuple[Captions
         except UnicodeDecodeError as error:
             raise ValueError(f"{location} is no UTF-8 text: byte {error.start} cannot be decoded.") from error
     rows: dict[str, tuple[str, ...]] = {}
-    for key, texts in _rows(text, location):
+    for key, texts in _rows(text, location, PurePosixPath(name).suffix.lower()):
         key = str(PurePosixPath(key.replace("\\", "/")))
         rows[key] = tuple(dict.fromkeys((*rows.get(key, ()), *_clean(texts))))
     return rows, location
@@ -121,9 +121,8 @@ def _clean(texts: Sequence[str]) -> Iterator[str]:
     return (text for text in (" ".join(text.split()) for text in texts) if text)
 
 
-def _rows(text: str, location: str) -> Iterator[tuple[str, Sequence[str]]]:
-    """Names and instructions in the content of a file, by its ending."""
-    ending = PurePosixPath(location).suffix.lower()
+def _rows(text: str, location: str, ending: str) -> Iterator[tuple[str, Sequence[str]]]:
+    """Names and instructions in the content of a file, by its ending (a URL may end in something else)."""
     if ending == ".json":
         content = _json(text, location)
         if isinstance(content, dict):

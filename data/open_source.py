@@ -12,6 +12,7 @@ from lapa.data.episode_source import EpisodeSource
 
 if TYPE_CHECKING:
     from lapa.data.mixture import FramePairSource
+    from lapa.data.open_x import OpenXDataset
     from lapa.data.pair_filters import PairFilter
 
 MIXTURE_ENDINGS = (".yaml", ".yml", ".json")
@@ -60,8 +61,9 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     ```
 
     Args:
-        spec: A local path or fsspec URL, or a mapping with `path`, optionally `kind` (one of `SOURCE_KINDS`) and the
-            options of that kind. Without a kind it is told by what the folder holds.
+        spec: A local path or fsspec URL, or a mapping with `path`, optionally `kind` (one of `SOURCE_KINDS`, or
+            `package.module:ClassName` for a reader of one's own, see `own_kind`) and the options of that kind. Without a
+            kind it is told by what the folder holds.
         options: Options of the source (`split`, `cameras`, `frame_gap_seconds`, ...); they win over those of `spec`.
 
     Returns:
@@ -79,8 +81,6 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     path, kind = str(spec), options.pop("kind", None)
     if kind is None:
         kind = source_kind(path)
-    elif kind not in SOURCE_KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(SOURCE_KINDS)}, got {kind!r}.")
     known = source_options(kind)
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -90,14 +90,59 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
     cameras = options.get("cameras")
     if cameras is not None and (isinstance(cameras, str) or not isinstance(cameras, Sequence)):
         raise ValueError(f"`cameras` must be a list of names, got {cameras!r}.")
-    source_class: Any = SOURCE_KINDS[kind].load()
-    source: EpisodeSource = source_class(path, **options)
+    made: Any = source_class(kind)
+    source: EpisodeSource = made(path, **options)
     return source
+
+
+def source_class(kind: str) -> type[EpisodeSource]:
+    """
+    The class that reads a kind.
+
+    Args:
+        kind: One of `SOURCE_KINDS`, or `package.module:ClassName`.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    if isinstance(kind, str) and ":" in kind:
+        return own_kind(kind)
+    if kind not in SOURCE_KINDS:
+        raise ValueError(
+            f"`kind` must be one of {', '.join(SOURCE_KINDS)}, or package.module:ClassName, got {kind!r}."
+        )
+    return SOURCE_KINDS[kind].load()
+
+
+def own_kind(kind: str) -> type[EpisodeSource]:
+    """
+    A reader that is not part of lapa: a subclass of `EpisodeSource` that Python finds by the name of its module.
+
+    It takes the path, and its options as keyword-only arguments: at least `cameras`, better all that every kind has
+    (`split`, `frame_gap_seconds`, `embodiment`, `unnorm_key`). To name one is to run its code, so it is only ever named by
+    who runs a command or wrote a mixture: nothing that lies in a data set is imported.
+
+    Args:
+        kind: `package.module:ClassName`.
+
+    Raises:
+        ValueError: No such module or class, or a class that is no source.
+    """
+    module_name, _, class_name = kind.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise ValueError(f"`kind` must read package.module:ClassName, got {kind!r}.")
+    try:
+        found: Any = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`kind` {kind!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, EpisodeSource)):
+        raise ValueError(f"`kind` {kind!r} is no subclass of lapa.data.episode_source.EpisodeSource.")
+    return found
 
 
 def source_options(kind: str) -> tuple[str, ...]:
     """Names of the options that sources of a kind take."""
-    parameters = inspect.signature(SOURCE_KINDS[kind].load()).parameters.values()
+    parameters = inspect.signature(source_class(kind)).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
@@ -110,8 +155,8 @@ def source_kind(path: str) -> str:
     """
     exists = _exists(path)
     for kind, entry in SOURCE_KINDS.items():
-        source_class: Any = entry.load()
-        if source_class.recognises(path):
+        reader: Any = entry.load()
+        if reader.recognises(path):
             return kind
     if not exists:
         raise ValueError(f"{path} does not exist.")
@@ -126,8 +171,9 @@ def _exists(path: str) -> bool:
     try:
         system, inner = url_to_fs(path)
         return bool(system.exists(inner))
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened: {error}") from error
+    # A file system raises whatever the client raises that it talks through.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened: {error or type(error).__name__}") from error
 
 
 def is_mixture(spec: Any) -> bool:
@@ -168,6 +214,9 @@ def open_pair_source(spec: SourceSpec, **options: Any) -> "FramePairSource":
     if camera is not None:
         options.setdefault("cameras", [camera])
     source = open_source(options)
+    if camera is not None and camera not in source.cameras and len(source.cameras) == 1:
+        # It was named by its role.
+        camera = source.cameras[0]
     if len(source.cameras) > 1 and options.get("cameras") is None:
         # The others need not be read.
         source = open_source(options, cameras=[source.cameras[0]])
@@ -186,12 +235,18 @@ def open_mixture(spec: str | Path | Sequence[SourceSpec], **options: Any) -> "tu
       kind: something_something
       frame_gap_seconds: 2.4
       filters: [static, {shot_cut: {max_distance: 0.4}}]
+    - open_x: magic_soup_plus        # a published mixture of Open X-Embodiment
+      path: open_x                   # the folder (or URL) that holds the folders of its data sets
+      allow_missing: true
     ```
 
     Args:
         spec: A YAML or JSON file with a list of sources, or such a list. A source is a path or a mapping of `path`,
-            `kind`, `weight` (1 where it is not said), `camera`, `frame_gap`, `filters` (see `read_filters`) and the
-            options of its kind.
+            `kind`, `weight` (1 where it is not said), `camera` (its name, or `primary`, `secondary` or `wrist` of an Open-X
+            data set), `frame_gap`, `filters` (see `read_filters`) and the options of its kind. With `open_x` it stands for
+            all data sets of a published mixture, which are looked for below `path` by their names, each with its published
+            weight (times `weight`) and with the other options; those that are absent are an error, or with
+            `allow_missing: true` left out and named in the `warnings` of the first source.
         options: Any of these, for all sources that do not say otherwise themselves.
 
     Returns:
@@ -200,25 +255,106 @@ def open_mixture(spec: str | Path | Sequence[SourceSpec], **options: Any) -> "tu
     Raises:
         ValueError: A file that is no such list, an unknown key, and what `open_source` refuses; the source is named.
     """
+    sources = []
+    for entry in mixture_entries(spec, **options):
+        try:
+            pairs = open_pair_source(entry.options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{entry.where}: {error}") from error
+        pairs.source.warnings = (*pairs.source.warnings, *entry.notes)
+        sources.append(pairs)
+    return tuple(sources)
+
+
+class MixtureEntry(NamedTuple):
+    """
+    One data set of a mixture, not opened yet.
+
+    Args:
+        where (`str`): Which one it is, for messages.
+        options (`dict`): As `open_pair_source` takes them.
+        notes (`tuple[str, ...]`): Warnings about the mixture that come with it.
+    """
+
+    where: str
+    options: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def mixture_entries(spec: str | Path | Sequence[SourceSpec], **options: Any) -> list[MixtureEntry]:
+    """
+    The data sets of a mixture, without opening one; arguments as of `open_mixture`.
+
+    Raises:
+        ValueError: A file that is no list of sources, or a mixture of Open X-Embodiment that is not there.
+    """
     folder, entries = "", spec
     if isinstance(spec, (str, Path)):
         folder, entries = str(Path(spec).parent), _read_list(Path(spec))
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
         raise ValueError(f"a mixture must be a list of at least one source, got {type(entries).__name__} {entries!r}.")
-    sources = []
+    found = []
     for number, entry in enumerate(entries, start=1):
         own = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-        where = f"source {number} of the mixture ({own.get('path')})"
+        where, path = f"source {number} of the mixture ({own.get('path')})", own.get("path")
+        if folder and isinstance(path, (str, Path)) and "://" not in str(path):
+            own["path"] = os.path.join(folder, str(path))
+        own = {**options, **own}
         try:
-            path = own.get("path")
-            if folder and isinstance(path, (str, Path)) and "://" not in str(path):
-                own["path"] = os.path.join(folder, str(path))
-            sources.append(
-                open_pair_source(own, **{name: value for name, value in options.items() if name not in own})
-            )
+            found += _open_x_entries(where, own) if "open_x" in own else [MixtureEntry(where, own)]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
-    return tuple(sources)
+    return found
+
+
+def _open_x_entries(where: str, entry: Mapping[str, Any]) -> list[MixtureEntry]:
+    """The data sets of a mixture of Open X-Embodiment, from below `path`."""
+    from lapa.data.open_x import open_x_mixture
+
+    options = {
+        name: value for name, value in entry.items() if name not in ("open_x", "path", "allow_missing", "weight")
+    }
+    name, root, allow_missing = entry["open_x"], entry.get("path"), entry.get("allow_missing", False)
+    weight = entry.get("weight", 1.0)
+    if not isinstance(root, (str, Path)):
+        raise ValueError(f"`open_x` needs the `path` that holds the folders of its data sets, got {root!r}.")
+    if not isinstance(allow_missing, bool):
+        raise ValueError(f"`allow_missing` must be true or false, got {allow_missing!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ValueError(f"`weight` must be a number above 0, got {weight!r}.")
+    rows = open_x_mixture(name)
+    folders = [_open_x_folder(str(root), row) for row in rows]
+    missing = [row.name for row, folder in zip(rows, folders) if folder is None]
+    if missing and (not allow_missing or len(missing) == len(rows)):
+        hint = "" if len(missing) == len(rows) else " (`allow_missing: true` leaves them out)"
+        raise ValueError(
+            f"{root} lacks {len(missing)} of the {len(rows)} data sets of {name}{hint}: {', '.join(missing)}."
+        )
+    found = []
+    for row, folder in zip(rows, folders):
+        if folder is not None:
+            assert row.weight is not None
+            own = {"path": folder, "kind": "rlds", **options, "weight": row.weight * weight}
+            found.append(MixtureEntry(f"{where}: {row.name}", own))
+    if missing:
+        note = f"{len(missing)} data sets of {name} are left out, which {root} lacks: {', '.join(missing)}"
+        found[0] = found[0]._replace(notes=(note,))
+    return found
+
+
+def _open_x_folder(root: str, row: "OpenXDataset") -> str | None:
+    """Where a data set lies: in the version that the table is of, or else in whichever there is."""
+    from lapa.data.tfds_folder import FEATURES_FILE, newest_version
+
+    for name in (row.name, *row.aliases):
+        folder = f"{root.rstrip('/')}/{name}"
+        for candidate in [f"{folder}/{version}" for version in reversed(row.versions)]:
+            if _exists(f"{candidate}/{FEATURES_FILE}"):
+                return candidate
+        newest = newest_version(folder)
+        if _exists(f"{newest}/{FEATURES_FILE}"):
+            return newest
+    return None
 
 
 def read_filters(spec: Any) -> "tuple[PairFilter, ...]":
@@ -270,13 +406,17 @@ def _read_list(path: Path) -> Any:
 
 __all__ = [
     "SOURCE_KINDS",
+    "MixtureEntry",
     "SourceKind",
     "SourceSpec",
     "is_mixture",
+    "mixture_entries",
     "open_mixture",
     "open_pair_source",
     "open_source",
+    "own_kind",
     "read_filters",
+    "source_class",
     "source_kind",
     "source_options",
 ]

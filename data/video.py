@@ -9,7 +9,7 @@ as when the whole video is decoded from its start.
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from av.video.reformatter import VideoReformatter
 
 logger = logging.getLogger(__name__)
+
+
+class VideoHeader(NamedTuple):
+    """How a video is coded: the codec's name (`h264`, `vp9`, `av1`, ...), and the size of frames before they are turned."""
+
+    codec: str
+    height: int
+    width: int
 
 
 class VideoFrames(FrameSequence):
@@ -68,6 +76,7 @@ class VideoFrames(FrameSequence):
         self.num_frames, self.stream, self.thread_count = num_frames, stream, thread_count
         self.name = name if name is not None else file if isinstance(file, str) else "a video in memory"
         self._index: VideoIndex | None = None
+        self._header: VideoHeader | None = None
 
     def __len__(self) -> int:
         return self.num_frames if self.num_frames is not None else len(self.index.frames)
@@ -86,7 +95,21 @@ class VideoFrames(FrameSequence):
         if self._index is None:
             with self._open() as video:
                 self._index = self._make_index(video)
+                self._header = VideoHeader(video.codec, *video.size)
         return self._index
+
+    @property
+    def header(self) -> VideoHeader:
+        """
+        How the video is coded, without decoding a frame.
+
+        Raises:
+            ReadError: No video.
+        """
+        if self._header is None:
+            with self._open() as video:
+                self._header = VideoHeader(video.codec, *video.size)
+        return self._header
 
     @property
     def timestamps(self) -> NDArray[np.float64]:
@@ -167,4 +190,4 @@ def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-__all__ = ["VideoFrames"]
+__all__ = ["VideoFrames", "VideoHeader"]

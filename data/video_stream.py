@@ -167,6 +167,11 @@ class OpenVideo:
         return self._stream.time_base
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of frames as the file announces them, before they are turned."""
+        return self._stream.codec_context.height, self._stream.codec_context.width
+
+    @property
     def frame_interval(self) -> Fraction | None:
         """Average seconds between frames, as the container tells or lets guess."""
         rate = self._stream.average_rate or self._stream.guessed_rate

@@ -30,7 +30,7 @@ from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.tabletop import TabletopEnvironment
 from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
 from lapa.evaluation.environments.tabletop_recording import TabletopEpisode, record_episode
-from lapa.evaluation.rollout import Controller, Rollout, policy_controller, roll_out
+from lapa.evaluation.rollout import Controller, PolicyController, Rollout, roll_out
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
@@ -409,7 +409,7 @@ def play_policy(
     options = {"do_sample": True, "temperature": playing.temperature, "top_k": 0} if playing.temperature else {}
     torch.manual_seed(seed)
     policy = LapaPolicy.from_pretrained(str(folder), UNNORM_KEY, **options)
-    return play(settings, policy_controller(policy), folder.name, record)
+    return play(settings, PolicyController(policy), folder.name, record)
 
 
 def evaluation_episodes(settings: DemoSettings) -> list[tuple[str, int]]:

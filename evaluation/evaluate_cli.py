@@ -29,6 +29,7 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     parser.add_argument("--unnorm-key", help="which action statistics of the model")
     parser.add_argument("--do-sample", action="store_true", help="sample actions instead of choosing greedily")
     parser.add_argument("--temperature", type=float, help="with --do-sample")
+    parser.add_argument("--replan-every", type=int, help="steps played of a predicted chunk; all of them by default")
     parser.add_argument("--device", help="of the model; a GPU if there is one")
     parser.add_argument("--num-environments", type=int, default=50, help="played side by side")
     parser.add_argument("--num-processes", type=int, default=0, help="processes of the environments; 0 is this one")
@@ -78,6 +79,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         suite.action_dim(),
         args.unnorm_key,
         args.device,
+        args.replan_every,
         do_sample=args.do_sample or None,
         temperature=args.temperature,
     )

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.evaluation.rollout import Controller, DoNothing, RandomActions, expert, policy_controller
+from lapa.evaluation.rollout import (
+    ChunkController,
+    Controller,
+    DoNothing,
+    ExpertController,
+    PolicyController,
+    RandomActions,
+)
 
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
 
@@ -34,7 +41,12 @@ class NamedPolicy:
 
 
 def open_policy(
-    name: str, action_dim: int, unnorm_key: str | None = None, device: str | None = None, **generation: Any
+    name: str,
+    action_dim: int,
+    unnorm_key: str | None = None,
+    device: str | None = None,
+    replan_every: int | None = None,
+    **generation: Any,
 ) -> NamedPolicy:
     """
     Opens a policy.
@@ -45,6 +57,7 @@ def open_policy(
         action_dim: Length of the environment's actions.
         unnorm_key: Statistics that de-tokenise; may be None where there is one set.
         device: Of a model; a GPU if there is one.
+        replan_every: Steps that are played of a predicted chunk; all of them when None. For models that predict chunks.
         generation: Of a model, as `do_sample`, `temperature`.
 
     Raises:
@@ -53,18 +66,18 @@ def open_policy(
     if name.startswith(("http://", "https://")):
         from lapa.serving.client import RemotePolicy
 
-        _refuse(generation, name)
+        _refuse({"replan_every": replan_every, **generation}, name)
         policy = RemotePolicy(name, unnorm_key)
-        return NamedPolicy(name, policy_controller(policy), {"policy": name, "unnorm_key": unnorm_key}, _no_draws)
+        return NamedPolicy(name, PolicyController(policy), {"policy": name, "unnorm_key": unnorm_key}, _no_draws)
     if name in (EXPERT, DO_NOTHING, RANDOM):
-        _refuse(generation | ({} if unnorm_key is None else {"unnorm_key": unnorm_key}), name)
+        _refuse({"unnorm_key": unnorm_key, "replan_every": replan_every, **generation}, name)
         if name == EXPERT:
-            return NamedPolicy(name, expert, {"policy": name}, _no_draws)
+            return NamedPolicy(name, ExpertController(), {"policy": name}, _no_draws)
         if name == DO_NOTHING:
-            return NamedPolicy(name, policy_controller(DoNothing(action_dim)), {"policy": name}, _no_draws)
+            return NamedPolicy(name, PolicyController(DoNothing(action_dim)), {"policy": name}, _no_draws)
         moves = RandomActions(action_dim)
-        return NamedPolicy(name, policy_controller(moves), {"policy": name}, moves.reseed)
-    return _open_model(name, action_dim, unnorm_key, device, generation)
+        return NamedPolicy(name, PolicyController(moves), {"policy": name}, moves.reseed)
+    return _open_model(name, action_dim, unnorm_key, device, replan_every, generation)
 
 
 def _refuse(options: Mapping[str, Any], name: str) -> None:
@@ -78,11 +91,16 @@ def _no_draws(seed: int) -> None:
 
 
 def _open_model(
-    name: str, action_dim: int, unnorm_key: str | None, device: str | None, generation: Mapping[str, Any]
+    name: str,
+    action_dim: int,
+    unnorm_key: str | None,
+    device: str | None,
+    replan_every: int | None,
+    generation: Mapping[str, Any],
 ) -> NamedPolicy:
     import torch
 
-    from lapa.serving.policy import LapaPolicy
+    from lapa.serving.policy import ChunkPlayer, LapaPolicy
 
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`policy` ({name}) is no model folder: it has no config.json.")
@@ -98,8 +116,17 @@ def _open_model(
             f"{action_dim}."
         )
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    identity = {"policy": weights_hash(policy.model), "unnorm_key": unnorm_key, "generation": options}
-    return NamedPolicy(name, policy_controller(policy), identity, torch.manual_seed)
+    config, controller = policy.model.config, None
+    if replan_every is not None or config.action_horizon > 1:
+        controller = ChunkController(ChunkPlayer(policy, replan_every), config.use_proprio)
+    identity = {
+        "policy": weights_hash(policy.model),
+        "unnorm_key": unnorm_key,
+        "replan_every": replan_every,
+        "generation": options,
+    }
+    controller = controller or PolicyController(policy, config.use_proprio)
+    return NamedPolicy(name, controller, identity, torch.manual_seed)
 
 
 def weights_hash(model: Any) -> str:

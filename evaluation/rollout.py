@@ -1,8 +1,9 @@
 """Playing policies in closed loop, many environments in lock step."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from lapa.evaluation.environment_pool import EnvironmentPool, Failure, Start
 from lapa.evaluation.environments.base import Observation
 
 if TYPE_CHECKING:
-    from lapa.serving.policy import Policy
+    from lapa.serving.policy import ChunkPlayer, Policy
 
 SOLVED, NOT_SOLVED = "solved", "not_solved"
 
@@ -42,33 +43,77 @@ class Rollout:
     frames: list[NDArray[np.uint8]] = field(default_factory=list, repr=False, compare=False)
 
 
-class Controller(Protocol):
+class Controller(ABC):
     """Chooses actions for the environments that still run."""
 
-    def __call__(
+    def begin(self) -> None:  # noqa: B027 (most remember nothing)
+        """A new episode starts in every environment."""
+
+    @abstractmethod
+    def act(
         self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
     ) -> Mapping[int, NDArray[np.float32] | Failure]:
         """Action (action_dim,) of each slot; a `Failure` where the environment did not answer."""
 
 
-def policy_controller(policy: "Policy") -> Controller:
-    """A policy that sees images and instructions only."""
+class PolicyController(Controller):
+    """
+    A policy that sees images and instructions, and the robot's state where it is to.
+
+    Args:
+        policy: Chooses the actions.
+        with_proprio: Whether the policy reads `proprio`.
+    """
+
+    def __init__(self, policy: "Policy", with_proprio: bool = False) -> None:
+        self.policy, self.with_proprio = policy, with_proprio
 
     def act(
-        pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
     ) -> Mapping[int, NDArray[np.float32] | Failure]:
-        images = [observation["image"] for observation in observations]
-        actions = policy.act(images, [observation["instruction"] for observation in observations])
+        """See [`Controller`]."""
+        actions = self.policy.act(*_inputs(observations, self.with_proprio))
         return dict(zip(slots, np.asarray(actions, dtype=np.float32)))
 
-    return act
+
+class ChunkController(Controller):
+    """
+    A policy that plays chunks of actions, see [`~lapa.serving.policy.ChunkPlayer`]; every episode starts with a new one.
+
+    Args:
+        player: Remembers what is left of each environment's chunk.
+        with_proprio: Whether the policy reads `proprio`.
+    """
+
+    def __init__(self, player: "ChunkPlayer", with_proprio: bool = False) -> None:
+        self.player, self.with_proprio = player, with_proprio
+
+    def begin(self) -> None:
+        """See [`Controller`]."""
+        self.player.reset()
+
+    def act(
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure]:
+        """See [`Controller`]."""
+        actions = self.player.act(*_inputs(observations, self.with_proprio), robots=slots)
+        return dict(zip(slots, np.asarray(actions, dtype=np.float32)))
 
 
-def expert(
-    pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
-) -> Mapping[int, NDArray[np.float32] | Failure]:
+def _inputs(observations: Sequence[Observation], with_proprio: bool) -> tuple[Any, ...]:
+    """Images, instructions and, where they are wanted, states."""
+    names = ("image", "instruction", "proprio") if with_proprio else ("image", "instruction")
+    return tuple([observation[name] for observation in observations] for name in names)
+
+
+class ExpertController(Controller):
     """The scripted expert, which sees the simulator's state."""
-    return pool.expert_actions(slots)
+
+    def act(
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure]:
+        """See [`Controller`]."""
+        return pool.expert_actions(slots)
 
 
 class DoNothing:
@@ -131,6 +176,7 @@ def roll_out(
             chunk = episodes[start : start + pool.size]
             if on_chunk is not None:
                 on_chunk(start)
+            controller.begin()
             kept = {index - start for index in record if start <= index < start + len(chunk)}
             rollouts += _Chunk(pool, chunk, kept).play(controller)
             progress.update(len(chunk))
@@ -155,7 +201,7 @@ class _Chunk:
         self._observe(self.pool.start(dict(enumerate(self.episodes))))
         while self.observations:
             slots = list(self.observations)
-            actions = controller(self.pool, slots, [self.observations[slot] for slot in slots])
+            actions = controller.act(self.pool, slots, [self.observations[slot] for slot in slots])
             self._fail({slot: action for slot, action in actions.items() if isinstance(action, Failure)})
             self._step({slot: action for slot, action in actions.items() if not isinstance(action, Failure)})
         return [self._rollout(slot) for slot in range(len(self.episodes))]

@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "inspect": Command("lapa.data.inspect_cli", "main", "what is in a data set, and what a reader would skip", True),
     "convert": Command("lapa.conversion.cli", "main", "published checkpoints to Hugging Face folders", True),
     "train-quantizer": Command("lapa.training.scripts", "train_quantizer", "stage 1: learn latent actions from video"),
     "label": Command("lapa.training.scripts", "label", "label video with latent actions"),

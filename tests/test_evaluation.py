@@ -8,7 +8,7 @@ from fragile_environment import Fragile
 
 from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
-from lapa.evaluation.rollout import DoNothing, expert, outcomes_by_family, policy_controller, roll_out
+from lapa.evaluation.rollout import DoNothing, ExpertController, PolicyController, outcomes_by_family, roll_out
 from lapa.evaluation.statistics import intervals_overlap, success_cell, success_table, wilson_interval
 
 
@@ -43,7 +43,7 @@ def test_tables_pool_over_families():
 
 make_environment = partial(TabletopEvaluation, families=("reach", "block_to_block"), image_size=32, num_blocks=2)
 EPISODES = [("reach", seed) for seed in range(5)] + [("block_to_block", seed) for seed in range(5)]
-do_nothing = policy_controller(DoNothing(2))
+do_nothing = PolicyController(DoNothing(2))
 
 
 def play(controller, size, num_processes=0, **options):
@@ -52,7 +52,7 @@ def play(controller, size, num_processes=0, **options):
 
 
 def test_expert_solves_what_doing_nothing_does_not():
-    solved, nothing = play(expert, 4, record=[0, 6]), play(do_nothing, 4)
+    solved, nothing = play(ExpertController(), 4, record=[0, 6]), play(do_nothing, 4)
     assert [(r.family, r.seed) for r in solved] == EPISODES
     assert all(rollout.success and rollout.ending == "solved" for rollout in solved)
     assert not any(rollout.success for rollout in nothing)
@@ -73,16 +73,16 @@ class Towards:
 
 
 def test_policies_see_images_and_instructions_and_batching_does_not_matter():
-    alone = play(policy_controller(Towards()), 1)
-    assert alone == play(policy_controller(Towards()), 7)
-    assert alone == play(policy_controller(Towards()), 5, num_processes=2)
+    alone = play(PolicyController(Towards()), 1)
+    assert alone == play(PolicyController(Towards()), 7)
+    assert alone == play(PolicyController(Towards()), 5, num_processes=2)
 
 
 def test_an_environment_that_crashes_or_hangs_is_recorded_and_the_run_goes_on():
     episodes = [("reach", seed) for seed in range(8)]
     make = partial(Fragile, families=("reach",), image_size=32, num_blocks=2)
     with EnvironmentPool(make, 2, num_processes=2, timeout=3) as pool:
-        rollouts = roll_out(pool, expert, episodes, description=None)
+        rollouts = roll_out(pool, ExpertController(), episodes, description=None)
     assert [rollout.ending for rollout in rollouts] == [
         "solved", "crashed", "solved", "crashed", "solved", "solved", "hung", "solved"
     ]  # fmt: skip

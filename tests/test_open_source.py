@@ -3,7 +3,9 @@
 import json
 import pickle
 import shutil
+import zipfile
 
+import fsspec
 import numpy as np
 import pytest
 import yaml
@@ -103,6 +105,28 @@ def test_what_cannot_be_opened_is_said_in_one_error(folders, tmp_path):
         open_source(folders / "videos", cameras="video")
     with pytest.raises(ValueError, match="cannot be opened: "):
         open_source("nosuchprotocol://bucket/data")
+
+
+def test_a_folder_inside_an_archive(folders, tmp_path):
+    """Files beside the videos are told by their own names, whatever the URL ends in."""
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
+        archive.write(folders / "videos" / "deep" / "clip.mp4", "clips/clip.mp4")
+        archive.writestr("clips/captions.csv", "file_name,text\nclip.mp4,push\n")
+    source = open_source(f"zip://clips::{tmp_path / 'clips.zip'}")
+    (episode,) = source
+    assert episode.instruction == "push" and episode.num_steps == 6 and source.warnings == ()
+
+
+def test_what_a_file_system_raises_is_told_in_one_error():
+    class Unreachable(fsspec.AbstractFileSystem):
+        protocol = "unreachable"
+
+        def exists(self, path, **kwargs):
+            raise RuntimeError("no route to host")
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    with pytest.raises(ValueError, match="unreachable://bucket/data cannot be opened: no route to host"):
+        open_source("unreachable://bucket/data")
 
 
 def test_a_mixture_file(folders, tmp_path):
