@@ -12,6 +12,9 @@ MEASURED_SIZE = 64
 BLUR_SHARE = 1 / 16
 # Largest shift of the whole picture that is looked for, as a share of its side.
 MAX_SHIFT_SHARE = 0.25
+# How the shift of the whole picture is told from that of things: peaks tried, blocks a side, standard deviation of grey
+# and share of the blocks that make a ground to go by, and the error that a shift may leave of the unshifted one's.
+NUM_CANDIDATES, NUM_BLOCKS, MIN_TEXTURE, MIN_TEXTURED_SHARE, MAX_REMAINING_ERROR = 6, 8, 1.5 / 255, 0.25, 0.9
 
 
 @dataclass
@@ -56,31 +59,62 @@ def _window(shape: tuple[int, int]) -> np.ndarray:
     return np.outer(np.hanning(shape[0] + 2)[1:-1], np.hanning(shape[1] + 2)[1:-1])
 
 
-def global_shift(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """
-    Shift of the whole picture by phase correlation.
-
-    Args:
-        first, second: (height, width) float.
-
-    Returns:
-        (x, y) in pixels: `second` is `first` moved by so much.
-    """
+def _candidate_shifts(first: np.ndarray, second: np.ndarray) -> list[tuple[float, float]]:
+    """The highest peaks of the phase correlation, as (x, y) pixels."""
     window = _window(first.shape)
     spectra = [np.fft.rfft2((frame - frame.mean()) * window) for frame in (first, second)]
     cross = spectra[1] * spectra[0].conj()
     magnitude = np.abs(cross)
     if magnitude.max() <= 1e-12:
-        return 0.0, 0.0
-    # The square root, between plain and phase-only correlation: frequencies of mere noise count little.
-    surface = np.fft.irfft2(cross / np.sqrt(magnitude + 1e-6 * magnitude.max()), s=first.shape)
+        return []
+    # Frequencies of mere noise count little.
+    surface = np.fft.irfft2(cross / (magnitude + 1e-4 * magnitude.max()), s=first.shape)
     height, width = first.shape
     reach_y, reach_x = max(1, int(height * MAX_SHIFT_SHARE)), max(1, int(width * MAX_SHIFT_SHARE))
-    surface = np.roll(surface, (reach_y, reach_x), axis=(0, 1))
-    near = surface[: 2 * reach_y + 1, : 2 * reach_x + 1]
-    row, column = np.unravel_index(int(near.argmax()), near.shape)
-    y, x = _peak(surface, int(row), int(column))
-    return x - reach_x, y - reach_y
+    surface = np.roll(surface, (reach_y + 1, reach_x + 1), axis=(0, 1))
+    near = surface[: 2 * reach_y + 3, : 2 * reach_x + 3].copy()
+    peaks = []
+    for _ in range(NUM_CANDIDATES):
+        row, column = np.unravel_index(int(near[1:-1, 1:-1].argmax()), (2 * reach_y + 1, 2 * reach_x + 1))
+        y, x = _peak(surface, int(row) + 1, int(column) + 1)
+        peaks.append((x - reach_x - 1, y - reach_y - 1))
+        near[row : row + 3, column : column + 3] = -np.inf
+    return peaks
+
+
+def _block_means(picture: np.ndarray) -> np.ndarray:
+    """Means (NUM_BLOCKS * NUM_BLOCKS,) over a grid of blocks; what does not fill a block is left out at the end."""
+    height, width = (max(1, length // NUM_BLOCKS) for length in picture.shape)
+    rows, columns = (min(NUM_BLOCKS, length) for length in picture.shape)
+    blocks = picture[: rows * height, : columns * width].reshape(rows, height, columns, width)
+    return np.asarray(blocks.mean(axis=(1, 3)).ravel())
+
+
+def global_shift(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """
+    Shift of the whole picture: of the peaks of the phase correlation the one that explains the most of the ground.
+
+    A thing that moves makes a peak of its own, however still the camera. So a shift counts only where it lowers the error
+    of the median block among those with texture, which no thing smaller than half the picture does.
+
+    Args:
+        first, second: (height, width) float in [0, 1].
+
+    Returns:
+        (x, y) in pixels: `second` is `first` moved by so much.
+    """
+    variance = np.maximum(_block_means(first**2) - _block_means(first) ** 2, 0)
+    textured = variance > MIN_TEXTURE**2
+    best = (0.0, 0.0)
+    if textured.sum() < MIN_TEXTURED_SHARE * len(textured):
+        return best
+    unshifted = float(np.median(_block_means(np.abs(second - first))[textured]))
+    least = unshifted * MAX_REMAINING_ERROR
+    for x, y in _candidate_shifts(first, second):
+        error = float(np.median(_block_means(np.abs(second - shift_picture(first, x, y)))[textured]))
+        if error < least:
+            best, least = (x, y), error
+    return best
 
 
 def shift_picture(picture: np.ndarray, x: float, y: float) -> np.ndarray:
@@ -155,9 +189,6 @@ def _pair_motion(first: np.ndarray, second: np.ndarray) -> list[float]:
         int(abs(y)) + 1 : height - int(abs(y)) - 1 or None, int(abs(x)) + 1 : width - int(abs(x)) - 1 or None
     ]
     raw, left = ((second - still)[inside] ** 2).mean(), ((second - moved)[inside] ** 2).mean()
-    if left >= raw:
-        # A correlation peak that explains nothing.
-        x, y, moved, left = 0.0, 0.0, still, raw
     inner = inner_motion(moved[inside], second[inside])
     return [x / width, y / height, inner[0] / width, inner[1] / height, float(left), float(raw)]
 

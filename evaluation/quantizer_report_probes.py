@@ -12,7 +12,9 @@ from lapa.evaluation.quantizer_report_statistics import Cell, mean_cell, r2_cell
 NUM_FOLDS = 5
 # Of standardised targets per pair; enough to keep a probe on rare codes near the mean.
 RIDGE = 1.0
-MLP_WIDTH, MLP_STEPS, MLP_LEARNING_RATE, MLP_WEIGHT_DECAY = 64, 300, 3e-3, 1e-2
+MLP_WIDTH, MLP_STEPS, MLP_LEARNING_RATE, MLP_WEIGHT_DECAY = 64, 200, 5e-3, 1e-2
+# The MLP is judged every so many steps, and stopped when so many judgements brought nothing.
+MLP_CHECK, MLP_PATIENCE = 10, 4
 # Share of the fitted groups that the MLP's stopping step is chosen on.
 MLP_HELD_SHARE = 0.2
 # Fewer pairs than this say nothing.
@@ -71,16 +73,20 @@ def fit_mlp(features: np.ndarray, target: np.ndarray, group: np.ndarray) -> Call
     optimizer = torch.optim.AdamW(network.parameters(), lr=MLP_LEARNING_RATE, weight_decay=MLP_WEIGHT_DECAY)
     # Before any step it predicts the mean: what an uninformative probe is left at.
     best, best_loss = None, float(y[held].square().mean()) if held.any() else float("inf")
+    best_step = 0
     for step in range(MLP_STEPS):
         loss = F.mse_loss(network(x[~held]), y[~held])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 10 == 9 and held.any():
+        if step % MLP_CHECK == MLP_CHECK - 1 and held.any():
             with torch.no_grad():
                 held_loss = F.mse_loss(network(x[held]), y[held]).item()
             if held_loss < best_loss:
-                best_loss, best = held_loss, {name: value.clone() for name, value in network.state_dict().items()}
+                best_loss, best_step = held_loss, step
+                best = {name: value.clone() for name, value in network.state_dict().items()}
+            elif step - best_step >= MLP_CHECK * MLP_PATIENCE:
+                break
     if best is not None:
         network.load_state_dict(best)
 
