@@ -38,7 +38,7 @@ def direction_agreement(
         first, second: (num_pairs,) bool, whose pairs.
 
     Returns:
-        `cosine`: of the two mean motions of each code, averaged with the weight of its uses, with an interval over
+        `cosine`: of the two mean motions of each code, averaged with the weight of its uses and their lengths, with an interval over
         resampled groups; `num_codes`; None where the two share no code.
     """
     count = int(sequence.max()) + 1
@@ -46,12 +46,11 @@ def direction_agreement(
     def cosine(rows_a: np.ndarray, rows_b: np.ndarray) -> float:
         (mean_a, uses_a), (mean_b, uses_b) = (_means_by_code(sequence[r], values[r], count) for r in (rows_a, rows_b))
         shared = (uses_a >= MIN_USES) & (uses_b >= MIN_USES)
-        lengths = np.linalg.norm(mean_a, axis=1) * np.linalg.norm(mean_b, axis=1)
-        shared &= lengths > 0
-        if not shared.any():
-            return float("nan")
+        # By uses and by length: a code that means "nothing moves" has no direction to agree on.
         weight = np.minimum(uses_a, uses_b)[shared]
-        return float(((mean_a * mean_b).sum(axis=1)[shared] / lengths[shared]) @ weight / weight.sum())
+        lengths = np.linalg.norm(mean_a[shared], axis=1) * np.linalg.norm(mean_b[shared], axis=1)
+        total = float(lengths @ weight)
+        return float((mean_a * mean_b).sum(axis=1)[shared] @ weight / total) if total > 0 else float("nan")
 
     rows = [np.flatnonzero(first), np.flatnonzero(second)]
     value = cosine(*rows)

@@ -66,9 +66,7 @@ class BlobWorld(EpisodeSource):
         moves = np.stack([self._walk(generator, BLOB_STEP, 10), self._walk(generator, CAMERA_STEP, 4)])
         moves *= np.array([self.blob_moves, self.camera_moves])[:, None, None]
         blob, camera = np.cumsum(moves, axis=1) - moves
-        frames = [
-            draw(*blob[t], *camera[t], texture, ground + 0.02 * t) for t in range(self.num_steps)
-        ]
+        frames = [draw(*blob[t], *camera[t], texture, ground + 0.02 * t) for t in range(self.num_steps)]
         angle = self.turn * np.pi / 4
         action = moves[0] @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         return Episode(
@@ -156,7 +154,9 @@ def move_blob(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 def move_camera(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """The next frame if the camera moves as the codes (batch,) say."""
-    return torch.stack([_rolled(frame, MOVES[int(code)] * CAMERA_STEP, [0, 1, 2]) for frame, code in zip(first, codes)])
+    return torch.stack(
+        [_rolled(frame, MOVES[int(code)] * CAMERA_STEP, [0, 1, 2]) for frame, code in zip(first, codes)]
+    )
 
 
 def paint_ground(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -217,6 +217,7 @@ def copy_first(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 def partly(share: float, seen: Callable[[Seen], torch.Tensor]) -> Callable[[Seen], torch.Tensor]:
     """Codes that are right for a share of the pairs and noise for the others."""
+
     def code(what: Seen) -> torch.Tensor:
         lucky = Seen(what.pixels.flip(-1)).noise < 9 * share
         return torch.where(lucky, seen(what), what.noise)
