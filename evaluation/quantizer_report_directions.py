@@ -36,7 +36,10 @@ MAX_INTERVENTION_FRAMES = 64
 
 def majority_signs(codes: np.ndarray, sign: np.ndarray, group: np.ndarray) -> np.ndarray:
     """
-    For each pair the sign that most pairs of its code sequence have in the other folds.
+    For each pair the sign that its code stands for in the other folds: that of most pairs of the code.
+
+    With several tokens most sequences are too rare to count, so each code of each token votes, with the weights of a linear
+    probe for the sign.
 
     Args:
         codes: (num_pairs, num_latent_tokens).
@@ -44,8 +47,11 @@ def majority_signs(codes: np.ndarray, sign: np.ndarray, group: np.ndarray) -> np
         group: (num_pairs,).
 
     Returns:
-        (num_pairs,) -1 or 1; what is most frequent at all for a sequence that the other folds do not have.
+        (num_pairs,) -1 or 1; what is most frequent at all for a code that the other folds do not have.
     """
+    if codes.shape[1] > 1:
+        votes = cross_predict(one_hot(codes, int(codes.max()) + 1), sign[:, None], group, fit_linear)
+        return np.asarray(np.where(votes[:, 0] >= 0, 1.0, -1.0))
     _, sequence = np.unique(codes, axis=0, return_inverse=True)
     sequence, fold = sequence.ravel(), fold_of(group)
     predicted = np.empty(len(sign))

@@ -16,6 +16,8 @@ from lapa.evaluation.quantizer_report_measures import other_pair
 TILE, STRIP, GAP = 72, 14, 2
 MAX_CODES, MAX_TOKENS, MAX_SEQUENCES, FRAMES_PER_SOURCE, NUM_RECONSTRUCTIONS = 16, 4, 12, 3, 8
 MAX_POINTS = 1500
+# How strongly a code's own change is drawn.
+CHANGE_STRENGTH = 4
 BLUE, GREY, ORANGE, RED = "#3366aa", "#bbbbbb", "#cc8844", "#b3261e"
 
 
@@ -55,17 +57,21 @@ def reconstructions(measured: Measured) -> str:
     rows, other = spread_rows(measured, per_source), other_pair(sample)
     first, second = np.asarray(sample.frames[rows, 0]), np.asarray(sample.frames[rows, 1])
     decoded, shuffled = (page.to_uint8(measured.runner.decode(first, codes[index])) for index in (rows, other[rows]))
-    names = [measured.sample.sources[source].name.split("/")[0][:10] for source in sample.source[rows]]
+    names = [f"episode {episode}" for episode in sample.episode[rows]]
+    if len(sample.sources) > 1:
+        names = [sample.sources[source].embodiment[:12] for source in sample.source[rows]]
     return _labelled_grid([list(images) for images in (first, second, decoded, shuffled)], names)
 
 
 def _effects(measured: Measured, sequences: np.ndarray, names: Sequence[str]) -> str:
-    """First frames down, what each of `sequences` (num_sequences, num_latent_tokens) makes of them across."""
+    """First frames down, what each of `sequences` (num_sequences, num_latent_tokens) makes of them across, and its own part."""
     grid = []
     for row in spread_rows(measured, FRAMES_PER_SOURCE):
         first = np.asarray(measured.sample.frames[row, 0])
         decoded = measured.runner.decode(np.repeat(first[None], len(sequences), axis=0), sequences)
         grid.append([first, *page.to_uint8(decoded)])
+        own = 0.5 + CHANGE_STRENGTH * (decoded - decoded.mean(axis=0))
+        grid.append([np.full_like(first, 255), *page.to_uint8(own)])
     return _labelled_grid(grid, ["frame", *names])
 
 
@@ -142,25 +148,22 @@ def shown_dimensions(names: Sequence[str], target: np.ndarray) -> tuple[int, int
 
 
 def code_scatter(codes: np.ndarray, values: np.ndarray, labels: tuple[str, str], invert_y: bool = False) -> Markup:
-    """
-    Motions (num_pairs, 2) coloured by code sequence, each of the most frequent ones with its mean as an arrow, as SVG.
-
-    Left: all in one. Right of it one small plot per code would hide the overlaps, so there is none.
-    """
+    """Motions (num_pairs, 2) coloured by code sequence, the most frequent ones with their mean as an arrow, as SVG."""
     plt = page.pyplot()
     rows, sequence, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
     sequence = sequence.ravel()
     frequent = np.argsort(-counts, kind="stable")[:MAX_CODES]
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
+    size = 4 if len(values) > MAX_POINTS / 2 else 12
     rest = ~np.isin(sequence, frequent)
-    axes.scatter(*values[rest][:MAX_POINTS].T, s=3, color="#dddddd", lw=0)
+    axes.scatter(*values[rest][:MAX_POINTS].T, s=size, color="#dddddd", lw=0)
     colours = plt.get_cmap("hsv")
     for index in frequent:
         points = values[sequence == index]
         mean = points.mean(axis=0)
         colour = colours((np.arctan2(mean[1], mean[0]) / (2 * np.pi)) % 1)
         points = points[: max(1, MAX_POINTS // len(frequent))]
-        axes.scatter(points[:, 0], points[:, 1], s=4, color=colour, alpha=0.4, lw=0)
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=colour, alpha=0.5, lw=0)
         axes.annotate("", xy=mean, xytext=(0, 0), arrowprops={"arrowstyle": "->", "color": "black", "lw": 0.8})
         axes.text(*mean, " ".join(str(code) for code in rows[index]), fontsize=8)
     limits = np.abs(np.quantile(values, (0.005, 0.995), axis=0)).max(axis=0) * 1.05

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from lapa.evaluation.quantizer_report_statistics import Cell, mean_cell, r2_cell
 
 NUM_FOLDS = 5
-# Of standardised targets per pair; enough to keep a probe on rare codes near the mean.
-RIDGE = 1.0
+# Strengths of the linear probe's ridge; the last leaves the mean.
+RIDGES = 10.0 ** np.arange(-2, 7)
 MLP_WIDTH, MLP_STEPS, MLP_LEARNING_RATE, MLP_WEIGHT_DECAY = 64, 200, 5e-3, 1e-2
 # The MLP is judged every so many steps, and stopped when so many judgements brought nothing.
 MLP_CHECK, MLP_PATIENCE = 10, 4
@@ -45,13 +45,22 @@ def _standard(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_linear(features: np.ndarray, target: np.ndarray, group: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Ridge regression on centred features, in whichever form has the smaller matrix."""
+    """Ridge regression on centred features; each dimension gets the strength that leave-one-out error asks for."""
     mean, target_mean = features.mean(axis=0), target.mean(axis=0)
-    x, y = features - mean, target - target_mean
-    if x.shape[1] <= len(x):
-        weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
-    else:
-        weights = x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), y)
+    y = target - target_mean
+    left, singular, right = np.linalg.svd(features - mean, full_matrices=False)
+    projected = left.T @ y
+    shrink = singular[:, None] ** 2 / (singular[:, None] ** 2 + RIDGES)
+    errors = []
+    for factor in shrink.T:
+        # The mean is left one out, too.
+        leverage = np.minimum(left**2 @ factor + 1 / len(y), 1 - 1e-9)
+        residual = (y - left @ (factor[:, None] * projected)) / (1 - leverage)[:, None]
+        errors.append((residual**2).sum(axis=0))
+    chosen = np.argmin(errors, axis=0)
+    scale = np.divide(shrink[:, chosen], singular[:, None], out=np.zeros((len(singular), y.shape[1])),
+                      where=singular[:, None] > 1e-10 * max(singular.max(initial=0.0), 1e-300))  # fmt: skip
+    weights = right.T @ (scale * projected)
     return lambda new: np.asarray((new - mean) @ weights + target_mean)
 
 

@@ -58,7 +58,7 @@ def _usage(report: Report) -> float:
 
 def _sequence_perplexity(report: Report) -> float:
     codes = report["codes"]
-    return float(codes["sequences"]["perplexity"] / min(codes["codebook_size"], codes["num_pairs"]))
+    return min(1.0, float(codes["sequences"]["perplexity"] / min(codes["codebook_size"], codes["num_pairs"])))
 
 
 def _tells_motion(report: Report) -> float | None:
@@ -93,7 +93,7 @@ CRITERIA: tuple[Criterion, ...] = (
     ),
     Criterion(
         "sequence_perplexity",
-        "Are they used evenly? Perplexity of whole code sequences, as a share of the codebook size.",
+        "Are they used evenly? Perplexity of whole code sequences, as a share of the codebook size, at most 1.",
         _sequence_perplexity,
         good=0.5,
         usable=0.25,
