@@ -38,7 +38,7 @@ def direction_agreement(
         first, second: (num_pairs,) bool, whose pairs.
 
     Returns:
-        `cosine`: of the two mean motions of each code, averaged with the weight of its uses and their lengths, with an interval over
+        `cosine`: of the two mean motions of each code, weighted by its uses and their lengths, with an interval over
         resampled groups; `num_codes`; None where the two share no code.
     """
     count = int(sequence.max()) + 1

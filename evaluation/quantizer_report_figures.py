@@ -64,7 +64,7 @@ def reconstructions(measured: Measured) -> str:
 
 
 def _effects(measured: Measured, sequences: np.ndarray, names: Sequence[str]) -> str:
-    """First frames down, what each of `sequences` (num_sequences, num_latent_tokens) makes of them across, and its own part."""
+    """First frames down, what each of `sequences` (num_sequences, tokens) makes of them across, and its own part."""
     grid = []
     for row in spread_rows(measured, FRAMES_PER_SOURCE):
         first = np.asarray(measured.sample.frames[row, 0])

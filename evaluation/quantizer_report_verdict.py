@@ -106,7 +106,7 @@ CRITERIA: tuple[Criterion, ...] = (
         lambda report: _low(report["reconstruction"]["gain_from_codes"]),
         good=0.1,
         usable=0.02,
-        advice="the decoder ignores or contradicts the codes, so they were not shaped by what they are to describe",
+        advice="the decoder makes little of the codes, or contradicts them, so the frames did not shape them; on held-out pairs only: too little data",
     ),
     Criterion(
         "beats_copying",
