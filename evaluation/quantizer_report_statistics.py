@@ -85,7 +85,14 @@ def r2_cell(predicted: np.ndarray, target: np.ndarray, group: np.ndarray) -> Cel
     if not varies.any():
         return {"value": None, "ci95": [None, None], "per_dimension": [None] * dim}
     sums = group_sums(columns, group)
-    cell = bootstrap(sums, lambda total: np.nanmean(each(total)[..., varies], axis=-1))
+
+    def mean(total: np.ndarray) -> np.ndarray:
+        # A resample can hold no variation in a dimension; where it holds none at all the mean is NaN and left out.
+        found = each(total)[..., varies]
+        known = np.isfinite(found).sum(axis=-1)
+        return np.asarray(np.nansum(found, axis=-1) / np.where(known == 0, np.nan, known))
+
+    cell = bootstrap(sums, mean)
     values = each(sums.sum(axis=0))
     return cell | {"per_dimension": [float(v) if ok else None for v, ok in zip(values, varies)]}
 
