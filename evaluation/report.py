@@ -59,7 +59,8 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (np.moveaxis(np.clip(frames, 0, 1), -3, -1) * 255).round().astype(np.uint8)
 
 
-def _svg(figure: Any) -> Markup:
+def svg(figure: Any) -> Markup:
+    """A matplotlib figure as inline SVG; closes it."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -69,7 +70,12 @@ def _svg(figure: Any) -> Markup:
     return Markup(text[text.index("<svg") :])
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display, in the style of the reports.
+
+    Raises:
+        ImportError: Without matplotlib; the extra to install is named.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -83,7 +89,7 @@ def _pyplot() -> Any:
 
 def success_bars(methods: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> Markup:
     """Grouped bars with 95% intervals: one group per family and one for all, one bar per method, as SVG."""
-    plt = _pyplot()
+    plt = pyplot()
     families = [*next(iter(methods.values()))["families"], "all"]
     figure, axes = plt.subplots(figsize=(1.2 + 1.5 * len(families), 2.6))
     width = 0.8 / len(methods)
@@ -98,12 +104,12 @@ def success_bars(methods: Mapping[str, Mapping[str, Any]], colours: Mapping[str,
     axes.set_ylabel("success, %")
     axes.set_ylim(0, 105)
     axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.2))
-    return _svg(figure)
+    return svg(figure)
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, label: str) -> Markup:
     """One line per history of `{"step": ..., key: ...}` rows, as SVG."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(3.4, 2.2))
     for name, history in histories.items():
         rows = [(row["step"], row[key]) for row in history if key in row]
@@ -112,12 +118,12 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, lab
     axes.set_ylabel(label)
     if len(histories) > 1:
         axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def displacement_scatter(codes: np.ndarray, displacements: np.ndarray, unit: str, max_points: int = 1500) -> Markup:
     """True displacements (num_pairs, 2) coloured by code (num_pairs,), with each code's mean as an arrow, as SVG."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(3.4, 3.2))
     colour_map = plt.get_cmap("hsv")
     used = np.unique(codes)
@@ -132,7 +138,7 @@ def displacement_scatter(codes: np.ndarray, displacements: np.ndarray, unit: str
     axes.set_aspect("equal")
     axes.set_xlabel(f"true motion to the right, {unit}")
     axes.set_ylabel(f"true motion up, {unit}")
-    return _svg(figure)
+    return svg(figure)
 
 
 def render(template: str, **context: Any) -> str:

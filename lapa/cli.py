@@ -36,6 +36,9 @@ COMMANDS = {
     "convert": Command("lapa.conversion.cli", "main", "published checkpoints to Hugging Face folders", True),
     "train-quantizer": Command("lapa.training.scripts", "train_quantizer", "stage 1: learn latent actions from video"),
     "label": Command("lapa.training.scripts", "label", "label video with latent actions"),
+    "report-quantizer": Command(
+        "lapa.evaluation.quantizer_report_cli", "main", "is a quantizer good? numbers, pictures and a verdict"
+    ),
     "pretrain": Command("lapa.training.scripts", "pretrain", "stage 2: learn to predict latent actions"),
     "finetune": Command("lapa.training.scripts", "finetune", "stage 3: learn robot actions (fully or with LoRA)"),
     "evaluate": Command(
