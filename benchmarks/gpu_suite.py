@@ -38,7 +38,7 @@ def parts(gib: float) -> list[tuple[str, int, list[str]]]:
     """Name, seconds at most, and command of each part for a card of `gib` memory."""
     large = gib > LARGE_CARD
     cuda_7b = ["benchmarks/policy_training.py", "--size", "7b", "--rounds", "3", "--halve"]
-    full = ["checkpoint/32", "plain/32" if large else "plain/8", "compile/32" if large else "compile/12"]
+    full = ["checkpoint/32", "plain/32" if large else "plain/16", "compile/48" if large else "compile/16"]
     full += ["checkpoint+compile/64" if large else "checkpoint+compile/32"]
     lora = ["checkpoint/32", "plain/32" if large else "plain/16", "checkpoint+compile/32"]
     return [

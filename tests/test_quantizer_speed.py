@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import quantizer_config
 
+from lapa.modeling_lapa.linear_lapa import linear
 from lapa.modeling_lapa.modeling_lapa_quantizer_layers import (
     LapaQuantizerFeedForward,
     LapaQuantizerPositionConvolution,
@@ -43,3 +44,24 @@ def test_a_padded_feed_forward_has_the_same_output_and_gradients():
     torch.testing.assert_close(padded, plain, atol=1e-6, rtol=1e-5)
     gradients = [torch.autograd.grad(out.square().sum(), module.down_proj.weight)[0] for out in (plain, padded)]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers_have_the_output_and_gradients_of_torch(bias):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(24, 40, bias=bias)
+    results = []
+    for function in (module, lambda states: linear(module, states)):
+        states = torch.arange(2 * 3 * 24).reshape(2, 24, 3).sin().transpose(1, 2).requires_grad_()  # not contiguous
+        output = function(states)
+        results.append((output, *torch.autograd.grad(output.cos().sum(), [states, *module.parameters()])))
+    for ours, theirs in zip(results[1], results[0]):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(module, states), results[0][0], atol=1e-6, rtol=1e-5)
+    assert type(linear(module, states).grad_fn).__name__ == "_OneDnnLinearBackward"
+
+
+def test_autocast_reaches_linear_layers():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.nn.Linear(24, 40), torch.ones(2, 24)).dtype == torch.bfloat16
