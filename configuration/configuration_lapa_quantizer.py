@@ -52,6 +52,9 @@ class LapaQuantizerConfig(PreTrainedConfig):
         bottleneck (`str`, defaults to `"cnn"`): `"cnn"`, the published convolutions, which fit a few pairs of patch
             grid and `num_latent_tokens` only, or `"query"`, learned queries that attend to the patch tokens and serve
             any number of latent tokens.
+        bottleneck_activation (`str`, defaults to `"leaky_relu"`): Between the convolutions of `bottleneck="cnn"`:
+            `"leaky_relu"` (slope 0.1), or `"relu"` as published, which the converter writes. The few channels of a small
+            bottleneck can all die behind a ReLU, and every pair then has the same embedding for good.
         quantizer (`str`, defaults to `"nsvq"`): `"nsvq"` (noise substitution, published), `"vq"` (straight-through
             with codebook and commitment loss) or `"fsq"` (finite scalar quantisation, no codebook to collapse).
         fsq_levels (`list[int]`, *optional*): Levels per FSQ dimension; their product must be `codebook_size`.
@@ -84,6 +87,7 @@ class LapaQuantizerConfig(PreTrainedConfig):
     head_dim: int = 64
     num_null_key_values: int = 2
     bottleneck: str = "cnn"
+    bottleneck_activation: str = "leaky_relu"
     quantizer: str = "nsvq"
     fsq_levels: list[int] | tuple[int, ...] | None = None
     commitment_weight: float = 0.25
@@ -117,6 +121,7 @@ class LapaQuantizerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name, options in (
             ("bottleneck", ("cnn", "query")),
+            ("bottleneck_activation", ("leaky_relu", "relu")),
             ("quantizer", ("nsvq", "vq", "fsq")),
             ("action_injection", ("cross_attention", "additive")),
         ):
