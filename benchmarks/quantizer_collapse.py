@@ -281,7 +281,9 @@ def summarise(lines: list[dict[str, Any]], control: str) -> bool:
         if variant == "ours":
             found = conditions(line, runs.get((source, control, seed)))
             passed &= all(found.values())
-            verdict = "all hold" if all(found.values()) else "FAILS: " + ", ".join(k for k, v in found.items() if not v)
+            verdict = (
+                "all hold" if all(found.values()) else "FAILS: " + ", ".join(k for k, v in found.items() if not v)
+            )
         print(
             f"| {source} | {variant} | {seed} | {line['train']['codes_used']}/{line['codebook_size']} | "
             f"{line['train']['perplexity']:.2f} | {_cell(line['reconstruction'])} | {_cell(line['shuffled'])} | "
