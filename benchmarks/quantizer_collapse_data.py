@@ -15,7 +15,10 @@ SOURCES = ("tabletop", "human", "bridge")
 EPISODES = {"reach": 700, "separate": 150, "relative_move": 150}
 EXPERT_NOISE = 0.15
 TABLETOP_SIZE, BRIDGE_SIZE = 32, 64  # pixels
-TABLETOP_GAP, BRIDGE_GAP = 4, 3  # frames: 0.4 s and 0.6 s
+TABLETOP_GAP = 4  # frames: 0.4 s
+# Frames: 0.2 to 1 s. The shard is so small that a decoder could learn by heart what follows a first frame; several second
+# frames for each leave that to the codes.
+BRIDGE_GAPS = (1, 2, 3, 4, 5)
 FIRST_SEED = {"tabletop": 300_000_000, "human": 310_000_000}
 FIELDS = ("frames", "first", "second", "episode", "target")
 
@@ -57,7 +60,7 @@ def load_pairs(path: Path, source: str) -> Pairs:
         return Pairs(**{name: arrays[f"{source}.{name}"] for name in FIELDS})
 
 
-def _pairs_of(frames: np.ndarray, lengths: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
+def _pairs_of(lengths: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
     """First frame and episode of every pair of episodes that lie end to end."""
     starts = np.cumsum(lengths) - lengths
     firsts = [start + np.arange(max(length - gap, 0)) for start, length in zip(starts, lengths)]
@@ -78,7 +81,7 @@ def _tabletop(source: str) -> Pairs:
         for i, family in enumerate(families)
     ]
     frames = np.concatenate([episode.frames for episode in episodes])
-    first, episode = _pairs_of(frames, np.array([len(e.frames) for e in episodes]), TABLETOP_GAP)
+    first, episode = _pairs_of(np.array([len(e.frames) for e in episodes]), TABLETOP_GAP)
     if source == "tabletop":
         # Cumulative sums, zero at the first frame of an episode: a difference is the sum in between.
         done = np.concatenate([np.cumsum(np.vstack([[[0.0, 0.0]], e.actions]), axis=0) for e in episodes])
@@ -101,11 +104,14 @@ def _bridge(folder: str) -> Pairs:
             for step in range(episode.num_steps)
         ]
     )
-    first, episode = _pairs_of(frames, np.array([e.num_steps for e in episodes]), BRIDGE_GAP)
+    lengths = np.array([e.num_steps for e in episodes])
+    parts = [_pairs_of(lengths, gap) for gap in BRIDGE_GAPS]
+    first, episode = (np.concatenate(columns) for columns in zip(*parts))
+    second = first + np.repeat(BRIDGE_GAPS, [len(part[0]) for part in parts])
     actions = np.concatenate([e.action for e in episodes if e.action is not None])
-    moved = np.stack([actions[f : f + BRIDGE_GAP, :6].sum(0) for f in first])
-    target = np.concatenate([moved, actions[first + BRIDGE_GAP - 1, 6:7]], axis=1)
-    return Pairs(frames, first, first + BRIDGE_GAP, episode, target.astype(np.float32))
+    moved = np.stack([actions[start:end, :6].sum(0) for start, end in zip(first, second)])
+    target = np.concatenate([moved, actions[second - 1, 6:7]], axis=1)
+    return Pairs(frames, first, second, episode, target.astype(np.float32))
 
 
 def prepare(path: Path, bridge: str) -> None:
