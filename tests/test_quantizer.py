@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import QUANTIZER_VARIANTS, feature_backbone, quantizer_config, training_batch
+from tiny_models import QUANTIZER_VARIANTS, quantizer_config, training_batch
 from tiny_models import build as build_variant
 
 from lapa import LapaQuantizer

@@ -82,7 +82,7 @@ class QuantizerCollator(FramePairCollator):
     >>> QuantizerCollator(config)([{"frames": frames, "instruction": "go left", "action": [0.5]}, {"frames": frames}])
     {'pixel_values': tensor([[[[[1.]], ...]]]),                # (batch, 2, 3, height, width) float32 in [0, 1]
      'actions': tensor([[0.5000], [nan]]),                     # (batch, action_dim) float32, NaN without an action
-     'instruction_ids': tensor([[55, 94], [0, 0]])}            # (batch, most words of one) int64, 0 without a word
+     'instruction_ids': tensor([[64, 36], [0, 0]])}            # (batch, most words of one) int64, 0 without a word
     ```
 
     Args:
