@@ -47,11 +47,10 @@ class Pairs:
         """Some of the pairs; the frames stay."""
         return Pairs(self.frames, self.first[rows], self.second[rows], self.episode[rows], self.target[rows])
 
-    def split(self, held_out_share: float = 0.2) -> tuple["Pairs", "Pairs"]:
-        """The first episodes for training, the last ones held out."""
+    def held_out(self, share: float = 0.2) -> np.ndarray:
+        """Mask (num_pairs,) of the pairs of the last episodes, which are not trained on."""
         episodes = np.unique(self.episode)
-        held_out = np.isin(self.episode, episodes[len(episodes) - round(held_out_share * len(episodes)) :])
-        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+        return np.isin(self.episode, episodes[len(episodes) - round(share * len(episodes)) :])
 
 
 def load_pairs(path: Path, source: str) -> Pairs:
