@@ -484,11 +484,13 @@ class LapaQuantizer(LapaQuantizerPreTrainedModel):
 
     def _weighted(self, losses: dict[str, torch.Tensor | None]) -> torch.Tensor:
         config = self.config
+        reconstruction_loss = losses["reconstruction_loss"]
+        assert reconstruction_loss is not None
         # A weight of 0 leaves the error to the layer that draws, which alone sees it.
-        total = (config.pixel_loss_weight or 1.0) * losses["reconstruction_loss"]
+        total = (config.pixel_loss_weight or 1.0) * reconstruction_loss
         for name, weight in (("feature_loss", config.feature_loss_weight), ("action_loss", config.action_loss_weight)):
-            if losses[name] is not None:
-                total = total + weight * losses[name]
+            if (loss := losses[name]) is not None:
+                total = total + weight * loss
         return total
 
     encode = LapaQuantizerEncoder.forward

@@ -211,10 +211,11 @@ class LapaQuantizerTrainer(MetricsTrainer):
         self._step_embeddings.append(embeddings)
         if counts is None:
             return
-        counts = self.accelerator.reduce(counts, "sum")
+        # To the CPU once: every copy waits for the device.
+        counts = self.accelerator.reduce(counts, "sum").cpu()
         self.codebook_state.count(counts)
         self.watchdog.count(counts)
-        self._logged_counts += counts.cpu()
+        self._logged_counts += counts
         # The published loop replaces between the forward and the backward pass of a step.
         if (
             self.codebook is not None
