@@ -436,7 +436,7 @@ def test_a_collapsed_codebook_stops_the_run(tmp_path):
         return trainer_for(tmp_path, callbacks=[CollapseCodebook()], **{**settings, **changes}).train().global_step
 
     message = (
-        r"perplexity 1.00 at step 8, 1 of 8 codes in use \(stops below `min_perplexity` 2 or 4 codes.*Embeddings differ"
+        r"perplexity 1.00 at step 12, 1 of 8 codes in use \(stops below `min_perplexity` 2 or 4 codes.*Embeddings differ"
         r".*Try.*`warmup_steps` \(now 0\); `entropy_weight"
     )
     with pytest.raises(CodebookCollapse, match=message):  # by default, from step 1000 on
