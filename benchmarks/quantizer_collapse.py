@@ -31,12 +31,21 @@ SIZES = {
     "num_temporal_layers": 1,
     "num_attention_heads": 3,
     "head_dim": 16,
-    "action_injection": "additive",
 }
-PUBLISHED_LAYOUT = {"bottleneck_activation": "relu", "residual_decoding": False, "interleave_latent_tokens": True}
-OUR_LAYOUT = {"bottleneck_activation": "leaky_relu", "residual_decoding": True, "interleave_latent_tokens": False}
+PUBLISHED_LAYOUT = {
+    "bottleneck_activation": "relu",
+    "action_injection": "cross_attention",
+    "residual_decoding": False,
+    "interleave_latent_tokens": True,
+}
+OUR_LAYOUT = {
+    "bottleneck_activation": "leaky_relu",
+    "action_injection": "additive",
+    "residual_decoding": True,
+    "interleave_latent_tokens": False,
+}
 PUBLISHED_LOOP = {"codebook_init_from_data": False, "codebook_update": "published"}
-# What each variant is: fields of the model, arguments of the training.
+# What each variant is: fields of the model, arguments of the training. `published-rule` tells the rule from the layout.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ours": (OUR_LAYOUT, {}),
     "published-rule": (OUR_LAYOUT, PUBLISHED_LOOP),
@@ -333,8 +342,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="what --prepare wrote")
     parser.add_argument("--output", type=Path, default=Path("outputs/quantizer_collapse.jsonl"))
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ours", "published-rule"])
-    parser.add_argument("--control", choices=list(VARIANTS), default="published-rule", help="what ours must beat")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--control", choices=list(VARIANTS), default="published", help="what ours must beat")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -79,7 +79,8 @@ def test_short_runs_without_simulator_and_readers(tmp_path):
     )
     output = tmp_path / "runs.jsonl"
     command = [sys.executable, str(BENCHMARKS / "quantizer_collapse.py"), "--data", str(pairs_file(tmp_path)),
-               "--output", str(output), "--sources", "tabletop", "--seeds", "0", "--steps", "30"]  # fmt: skip
+               "--output", str(output), "--sources", "tabletop", "--seeds", "0", "--steps", "30",
+               "--variants", "ours", "published-rule"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     first = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = {line["variant"]: line for line in map(json.loads, output.read_text().splitlines())}

@@ -511,8 +511,8 @@ def test_the_codebook_is_drawn_from_the_first_steps(tmp_path):
     assert distances.max() < 0.05 * drawn["embeddings"].std()
     assert len({int(row) // 32 for row in nearest}) > 1, "only one batch was drawn from"
     assert whole.codebook_state.first_embeddings is None
-    # Counting starts when the codebook does.
-    assert int(whole.codebook_state.usage_counts.sum()) == 2 * 8 * 4
+    # Counting starts when the codebook does; the fifth of five batches has four pairs.
+    assert int(whole.codebook_state.usage_counts.sum()) == (8 + 4) * 4
     watched(tmp_path / "parts", callbacks=[StopAt(2)]).train()
     resumed = watched(tmp_path / "parts")
     resumed.train(resume_from_checkpoint=True)
@@ -531,14 +531,15 @@ def test_noise_belongs_to_a_sample():
     assert many.dtype == torch.float32 and abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
-def test_published_noise_is_torchs(tmp_path):
-    losses = []
-    for _ in range(2):
-        trainer = trainer_for(tmp_path, max_steps=1, logging_steps=1, noise_by_sample=False)
-        trainer.model.vector_quantizer.register_forward_pre_hook(lambda module, args: losses.append(args[1]))
-        trainer.train()
-    assert losses[-1] is None
-    trainer = trainer_for(tmp_path, max_steps=1, logging_steps=1)
-    trainer.model.vector_quantizer.register_forward_pre_hook(lambda module, args: losses.append(args[1]))
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_noise_by_sample_or_from_torch_as_published(tmp_path, by_sample):
+    trainer = trainer_for(tmp_path, max_steps=1, logging_steps=1, noise_by_sample=by_sample)
+    given = []
+    # The first call only looks for the codebook's start.
+    trainer.model.vector_quantizer.register_forward_pre_hook(lambda module, args: given.append(args[1:]))
     trainer.train()
-    assert torch.equal(losses[-1], SampleNoise(42).draw(0, 0, 1, 32, 4))
+    assert given[0] == () and len(given) == 2
+    if by_sample:
+        assert torch.equal(given[1][0], SampleNoise(42).draw(0, 0, 1, 32, 4))
+    else:
+        assert given[1] == (None,)

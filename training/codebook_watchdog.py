@@ -80,7 +80,8 @@ class CodebookWatchdog:
         )
 
     def _same_embedding(self, logs: Mapping[str, float]) -> bool:
-        return logs.get("embedding_std", 1.0) < SAME_EMBEDDING * logs.get("embedding_rms", 1.0)
+        # Equal: two zeros, where the bottleneck died.
+        return logs.get("embedding_std", 1.0) <= SAME_EMBEDDING * logs.get("embedding_rms", 1.0)
 
     def _what_happened(self, logs: Mapping[str, float]) -> str:
         if self._same_embedding(logs):
