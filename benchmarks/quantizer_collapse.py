@@ -47,7 +47,7 @@ OUR_LAYOUT = {
 PUBLISHED_LOOP = {"codebook_init_from_data": False, "codebook_update": "published"}
 # What each variant is: fields of the model, arguments of the training. `published-rule` tells the rule from the layout.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ours": (OUR_LAYOUT, {}),
+    "ours": (OUR_LAYOUT, {"codebook_update_threshold": 0.3}),
     "published-rule": (OUR_LAYOUT, PUBLISHED_LOOP),
     "published": (PUBLISHED_LAYOUT, PUBLISHED_LOOP),
 }
