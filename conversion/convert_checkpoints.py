@@ -177,7 +177,7 @@ def convert_quantizer(
     state_dict = _load_torch_checkpoint(path)
     names = rename(state_dict, QUANTIZER_TABLE, str(path))
     sizes = merge_sizes(LapaQuantizerConfig, config, quantizer_sizes(state_dict, str(path)), str(path))
-    quantizer_config = build_config(LapaQuantizerConfig, sizes)
+    quantizer_config = build_config(LapaQuantizerConfig, {"bottleneck_activation": "relu", **sizes})
     _check_dropped(state_dict, names, path)
     tensors = {name: state_dict[key] for key, name in names.items() if name is not None}
     _check_shapes(tensors, LapaQuantizer, quantizer_config, path)

@@ -80,6 +80,8 @@ class _DecodedPair:
     steps: tuple[int, int]
     seconds: float | None
     frames: tuple[NDArray[np.uint8], NDArray[np.uint8]]
+    instruction: str | None
+    action: NDArray[np.float32] | None
 
 
 class FramePairPart(StreamPart[Episode, _DecodedPair]):
@@ -128,7 +130,14 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
             frames
             if isinstance(frames, str)
             else _DecodedPair(
-                group.episode_id, group.source, (first, second), seconds_between(group, (first, second)), frames
+                group.episode_id,
+                group.source,
+                (first, second),
+                seconds_between(group, (first, second)),
+                frames,
+                group.instruction,
+                # Per step, so that pairs of different gaps, and grippers that are no displacement, compare.
+                None if group.action is None else group.action[first:second].mean(0),
             )
             for (first, second), frames in zip(items.tolist(), read)
         ]
@@ -148,6 +157,8 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
             "camera": self.camera,
             "steps": item.steps,
             "seconds": item.seconds,
+            "instruction": item.instruction,
+            "action": item.action,
         }
 
 
@@ -163,7 +174,9 @@ class FramePairStream(ShuffledStream):
     ```
 
     Each example has `frames` (2, 3, height, width) uint8, and `episode_id`, `source`, `camera`, `steps` (first, second)
-    and `seconds` (None where the source does not tell) that say which pair it is. Order, division and state are those of
+    and `seconds` (None where the source does not tell) that say which pair it is; and, None where there is none, the
+    episode's `instruction` and the mean `action` (action_dim,) float32 of the steps from the first frame to the second.
+    Order, division and state are those of
     [`ShuffledStream`].
 
     Memory: two frames per pair of the buffer (neighbours share them), and 64 pairs of the episode at hand per source,

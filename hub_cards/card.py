@@ -299,7 +299,14 @@ def _sizes(config: Any, weights: Weights) -> list[tuple[str, str]]:
                 "frames",
                 f"2 of {height} x {width} pixels, patches of {' x '.join(map(str, config.patch_height_width))}",
             ),
-            ("codes", f"{config.num_latent_tokens} out of {config.codebook_size}, {config.codebook_dim}-dimensional"),
+            (
+                (
+                    "codes",
+                    f"{config.num_latent_tokens} out of {config.codebook_size}, {config.codebook_dim}-dimensional",
+                )
+                if config.has_codes
+                else ("embeddings", f"{config.num_latent_tokens}, {config.codebook_dim}-dimensional, no codes")
+            ),
             ("layers", f"{config.num_spatial_layers} spatial, {config.num_temporal_layers} temporal"),
             ("width", f"{config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}"),
             ("quantisation", f"{config.quantizer}, {config.bottleneck} bottleneck"),

@@ -17,6 +17,8 @@ COSINE_ATTENTION_SCALE = 8.0
 SHORT_LENGTH = 2
 # Widths that are multiples of this run at full speed on tensor cores; the published inner width, 2730, does not.
 ALIGNED_WIDTH = 64
+# Slope of a leaky ReLU below zero; the position bias of the published code has the same.
+LEAKY_SLOPE = 0.1
 
 
 def eager_attention_forward(
@@ -290,6 +292,7 @@ class LapaQuantizerCnnBottleneck(nn.Module):
     def __init__(self, config: LapaQuantizerConfig):
         super().__init__()
         self.grid = config.grid
+        self.negative_slope = 0.0 if config.bottleneck_activation == "relu" else LEAKY_SLOPE
         self.projection_in = nn.Linear(config.hidden_size, config.codebook_dim)
         self.convolutions = nn.ModuleList(
             [
@@ -302,8 +305,11 @@ class LapaQuantizerCnnBottleneck(nn.Module):
         """(batch, grid_h * grid_w, hidden_size) -> (batch, num_latent_tokens, codebook_dim)."""
         hidden = self.projection_in(tokens).transpose(1, 2).unflatten(-1, self.grid)
         for index, convolution in enumerate(self.convolutions):
-            hidden = convolution(F.relu(hidden) if index else hidden)
+            hidden = convolution(self._activate(hidden) if index else hidden)
         return hidden.flatten(2).transpose(1, 2)
+
+    def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(hidden, self.negative_slope) if self.negative_slope else F.relu(hidden)
 
 
 class LapaQuantizerQueryBottleneck(nn.Module):

@@ -1,4 +1,4 @@
-"""Discrete bottlenecks of the latent action quantizer: NSVQ (published), VQ and FSQ.
+"""Bottlenecks of the latent action quantizer: NSVQ (published), VQ, FSQ, and a continuous one without codes.
 
 None of them changes its codebook in a forward pass: counting usage and replacing unused codes is the trainer's work.
 """
@@ -23,15 +23,33 @@ class VectorQuantizerOutput(ModelOutput):
 
     Args:
         quantized (`torch.FloatTensor` of shape `(num_vectors, codebook_dim)`): What the decoder receives.
-        codes (`torch.LongTensor` of shape `(num_vectors,)`): Index of the chosen code, in [0, codebook_size).
+        codes (`torch.LongTensor` of shape `(num_vectors,)`): Index of the chosen code, in [0, codebook_size); None
+            where there are no codes.
         loss (`torch.FloatTensor`, scalar): Loss of the bottleneck itself; 0 where it has none.
-        perplexity (`torch.FloatTensor`, scalar): exp of the entropy of the codes, in [1, codebook_size].
+        perplexity (`torch.FloatTensor`, scalar): exp of the entropy of the codes, in [1, codebook_size]; None without
+            codes.
+        kl (`torch.FloatTensor`, scalar): Mean divergence per dimension, in nats, of a continuous bottleneck.
     """
 
     quantized: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+
+
+def mean_over_processes(mean: torch.Tensor) -> torch.Tensor:
+    """
+    A batch mean as the mean over the batches of all processes, with the gradient of this process's part.
+
+    Gradients are averaged over processes later, so that the whole is the gradient of the mean over the global batch.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return mean
+    total = mean.detach().clone()
+    distributed.all_reduce(total)
+    return mean + (total / distributed.get_world_size() - mean.detach())
 
 
 def code_perplexity(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
@@ -46,6 +64,7 @@ class CodebookQuantizer(nn.Module):
     def __init__(self, config: LapaQuantizerConfig):
         super().__init__()
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+        self.entropy_weight, self.entropy_temperature = config.entropy_weight, config.entropy_temperature
 
     @property
     def codebook_size(self) -> int:
@@ -61,6 +80,22 @@ class CodebookQuantizer(nn.Module):
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Quantised vectors (..., codebook_dim) of integer `codes` of any shape."""
         return self.codebook[codes]
+
+    def entropy_loss(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """
+        Mean entropy of each embedding's soft code minus the entropy of the mean soft code, times its weight.
+
+        The soft code of `embeddings` (num_vectors, codebook_dim) is softmax(-d / (temperature * mean d)) over squared
+        distances d to the codes: the mean (held fixed) makes it independent of the scale of the embeddings.
+        """
+        if not self.entropy_weight:
+            return embeddings.new_zeros(())
+        distances = torch.cdist(embeddings.float(), self.codebook.float()).square()
+        scale = self.entropy_temperature * mean_over_processes(distances.mean().detach())
+        soft = torch.softmax(-distances / scale.clamp(min=torch.finfo(torch.float32).tiny), dim=-1)
+        confidence = _entropy(soft).mean()
+        diversity = _entropy(mean_over_processes(soft.mean(0)))
+        return self.entropy_weight * (confidence - diversity)
 
 
 class NoiseSubstitutionQuantizer(CodebookQuantizer):
@@ -87,7 +122,7 @@ class NoiseSubstitutionQuantizer(CodebookQuantizer):
             noise_norm = noise.square().sum(1, keepdim=True).sqrt()
             quantized = embeddings + (residual_norm / noise_norm + EPSILON) * noise
         perplexity = code_perplexity(codes, self.codebook_size)
-        return VectorQuantizerOutput(quantized, codes, embeddings.new_zeros(()), perplexity)
+        return VectorQuantizerOutput(quantized, codes, self.entropy_loss(embeddings), perplexity)
 
 
 class StraightThroughQuantizer(CodebookQuantizer):
@@ -107,7 +142,7 @@ class StraightThroughQuantizer(CodebookQuantizer):
         return VectorQuantizerOutput(
             quantized=embeddings + (hard - embeddings).detach(),
             codes=codes,
-            loss=codebook_loss + self.commitment_weight * commitment_loss,
+            loss=codebook_loss + self.commitment_weight * commitment_loss + self.entropy_loss(embeddings),
             perplexity=code_perplexity(codes, self.codebook_size),
         )
 
@@ -157,15 +192,51 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.tensor(radix, device=like.device)
 
 
+class ContinuousBottleneck(nn.Module):
+    """A variational bottleneck: mean and log variance per dimension, a draw in training, the mean otherwise; no codes."""
+
+    # Of the log variance, so that neither its exponential nor its gradient overflows.
+    LOG_VARIANCE_RANGE = (-20.0, 10.0)
+
+    def __init__(self, config: LapaQuantizerConfig):
+        super().__init__()
+        self.kl_weight = config.kl_weight
+        self.mean = nn.Linear(config.codebook_dim, config.codebook_dim)
+        self.log_variance = nn.Linear(config.codebook_dim, config.codebook_dim)
+
+    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None = None) -> VectorQuantizerOutput:
+        """
+        Args:
+            embeddings: (num_vectors, codebook_dim) float.
+            noise: (num_vectors, codebook_dim) standard normal. Drawn in training when None; in evaluation None means
+                the mean.
+        """
+        mean = self.mean(embeddings)
+        log_variance = self.log_variance(embeddings).clamp(*self.LOG_VARIANCE_RANGE)
+        if noise is None and self.training:
+            noise = torch.randn_like(mean)
+        sampled = mean if noise is None else mean + noise * (log_variance / 2).exp()
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return VectorQuantizerOutput(quantized=sampled, loss=self.kl_weight * kl, kl=kl)
+
+
 def _refuse_noise(noise: torch.Tensor | None, quantizer: str) -> None:
     if noise is not None:
-        raise ValueError(f'`noise` applies to `quantizer="nsvq"` only; this model has `quantizer="{quantizer}"`.')
+        raise ValueError(
+            f'`noise` applies to `quantizer="nsvq"` and `"continuous"` only; this model has `quantizer="{quantizer}"`.'
+        )
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats over the last dimension."""
+    return -(probabilities * torch.log(probabilities + EPSILON)).sum(-1)
 
 
 VECTOR_QUANTIZERS = {
     "nsvq": NoiseSubstitutionQuantizer,
     "vq": StraightThroughQuantizer,
     "fsq": FiniteScalarQuantizer,
+    "continuous": ContinuousBottleneck,
 }
 
 

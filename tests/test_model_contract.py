@@ -111,6 +111,8 @@ def test_every_trainable_parameter_gets_gradient(kind):
     idle = {name for name, _ in model.named_parameters() if name.endswith("self_attention.context_norm.weight")}
     # The vision tokenizer inside a policy yields integers.
     frozen = {name for name, _ in model.named_parameters() if name.startswith("model.vision_tokenizer.")}
+    # The codebook of the first stage of a task-centric quantizer.
+    frozen |= {name for name, _ in model.named_parameters() if name.startswith("irrelevant_quantizer.")}
     assert without == idle | frozen
 
 

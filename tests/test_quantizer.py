@@ -4,9 +4,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny_models import QUANTIZER_VARIANTS, quantizer_config, training_batch
+from tiny_models import build as build_variant
 
 from lapa import LapaQuantizer
-from lapa.modeling_lapa.vector_quantization_lapa import FiniteScalarQuantizer, code_perplexity
+from lapa.modeling_lapa.vector_quantization_lapa import CodebookQuantizer, FiniteScalarQuantizer, code_perplexity
 
 
 def build(**changes) -> LapaQuantizer:
@@ -23,15 +24,26 @@ def test_query_bottleneck_makes_any_number_of_tokens(num_latent_tokens):
 
 @pytest.mark.parametrize("variant", QUANTIZER_VARIANTS)
 def test_codes_decode_to_what_the_forward_pass_shows(variant):
-    model = build(**QUANTIZER_VARIANTS[variant])
+    model = build_variant(variant).eval()
     torch.nn.init.normal_(model.to_pixels.weight)  # a residual decoder starts at "nothing changes"
-    pairs = training_batch(model)["pixel_values"]
+    batch = training_batch(model)
+    pairs = batch["pixel_values"]
+    told = {"instruction_ids": batch["instruction_ids"]} if "instruction_ids" in batch else {}
     with torch.no_grad():
-        output = model(pairs)
-        assert torch.equal(output.latent_action_codes, model.encode(pairs).latent_action_codes)
-        again = model.decode(pairs[:, 0], output.latent_action_codes)
+        output, encoded = model(**batch), model.encode(pairs)
+        if model.config.task_centric:
+            told["irrelevant_codes"] = encoded.irrelevant_codes
+        assert torch.equal(output.latent_action_embeddings, encoded.latent_action_embeddings)
+        if model.config.has_codes:
+            codes = encoded.latent_action_codes
+            assert torch.equal(output.latent_action_codes, codes)
+            again = model.decode(pairs[:, 0], codes, **told)
+            other = model.decode(pairs[:, 0], (codes + 1) % model.config.codebook_size, **told)
+        else:
+            assert output.latent_action_codes is None and encoded.latent_action_codes is None
+            again = model.decode(pairs[:, 0], embeddings=encoded.latent_action_embeddings)
+            other = model.decode(pairs[:, 0], embeddings=encoded.latent_action_embeddings + 1)
         torch.testing.assert_close(again, output.reconstruction, atol=1e-4, rtol=1e-4)
-        other = model.decode(pairs[:, 0], (output.latent_action_codes + 1) % model.config.codebook_size)
     assert not torch.allclose(again, other)  # the decoder listens to the codes
 
 
@@ -65,14 +77,14 @@ def test_stop_gradient_of_the_first_frame():
 @pytest.mark.parametrize("variant", QUANTIZER_VARIANTS)
 def test_a_code_that_equals_its_embedding_leaves_gradients_finite(variant):
     """As with two equal frames, whose embedding is the same every time, once a code was re-seeded from it."""
-    model = build(**QUANTIZER_VARIANTS[variant]).train()
-    pairs = training_batch(model)["pixel_values"]
-    embeddings = model.encode(pairs).latent_action_embeddings
-    if isinstance(model.vector_quantizer, FiniteScalarQuantizer):
+    model = build_variant(variant).train()
+    batch = training_batch(model)
+    embeddings = model.encode(batch["pixel_values"]).latent_action_embeddings
+    if not isinstance(model.vector_quantizer, CodebookQuantizer):
         pytest.skip("has no codebook")
     with torch.no_grad():
         model.vector_quantizer.codebook[0] = embeddings[0, 0]
-    output = model(pairs)
+    output = model(**batch)
     assert output.latent_action_codes[0, 0] == 0
     output.loss.backward()
     for name, parameter in model.named_parameters():

@@ -18,6 +18,7 @@ from lapa.training.arguments import LapaQuantizerTrainingArguments
 from lapa.training.codebook import (
     STATE_FILE,
     CodebookState,
+    SampleNoise,
     clear_moments,
     codebook_from_embeddings,
     dead_codes,
@@ -234,9 +235,10 @@ def test_a_quantizer_without_codebook_trains(tmp_path):
     assert trainer.state.log_history[0]["codes_used"] >= 1
 
 
-def test_accumulated_gradients_equal_one_batch(tmp_path):
-    """VQ, because NSVQ's noise is drawn batch by batch."""
-    sizes = {"quantizer": "vq"}
+@pytest.mark.parametrize("quantizer", ["vq", "nsvq"])
+def test_accumulated_gradients_equal_one_batch(tmp_path, quantizer):
+    """NSVQ's noise is drawn in the order of the samples of a step, however they are divided."""
+    sizes = {"quantizer": quantizer}
     settings = {"max_steps": 3, "codebook_update": "none", "codebook_init_from_data": False, "max_grad_norm": 0.5}
     one = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=8, **settings)
     one.train()
@@ -392,6 +394,7 @@ def test_bad_arguments(tmp_path):
     for changes, named in (
         ({"codebook_update": "never"}, "codebook_update"),
         ({"codebook_update_interval": 0}, "codebook_update_interval"),
+        ({"codebook_init_batches": 0}, "codebook_init_batches"),
         ({"codebook_update_threshold": 1.5}, "codebook_update_threshold"),
         ({"num_sample_reconstructions": -1}, "num_sample_reconstructions"),
     ):
@@ -421,15 +424,122 @@ def test_a_run_that_diverges_stops(tmp_path):
     assert trainer.state.global_step == 6
 
 
-def test_a_collapsed_codebook_stops_the_run(tmp_path):
-    class Collapse(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            with torch.no_grad():
-                model.vector_quantizer.codebook[1:] = 1e4
+class CollapseCodebook(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):
+        with torch.no_grad():
+            model.vector_quantizer.codebook[1:] = 1e4
 
-    settings = {"max_steps": 20, "logging_steps": 2, "codebook_update_interval": 100}
-    with pytest.raises(CodebookCollapse, match="perplexity 1.00 at step 8, 1 of .* codes in use.*Another `seed`"):
-        trainer_for(tmp_path, callbacks=[Collapse()], min_perplexity=2.0, min_perplexity_from=7, **settings).train()
-    assert trainer_for(tmp_path, callbacks=[Collapse()], **settings).train().global_step == 20  # no limit by default
+
+def test_a_collapsed_codebook_stops_the_run(tmp_path):
+    def train(**changes):
+        settings = {"max_steps": 24, "logging_steps": 4, "codebook_update_interval": 100, "min_perplexity_from": 7}
+        return trainer_for(tmp_path, callbacks=[CollapseCodebook()], **{**settings, **changes}).train().global_step
+
+    message = (
+        r"perplexity 1.00 at step 12, 1 of 8 codes in use \(stops below `min_perplexity` 2 or 4 codes.*Embeddings differ"
+        r".*Try.*`warmup_steps` \(now 0\); `entropy_weight"
+    )
+    with pytest.raises(CodebookCollapse, match=message):  # by default, from step 1000 on
+        train()
+    with pytest.raises(CodebookCollapse, match="`codebook_update: reseed`.*`codebook_init_from_data: true`"):
+        train(codebook_update="none", codebook_init_from_data=False)
+    assert train(min_perplexity_from=1000) == 24
+    assert train(min_perplexity=0, min_codes_used=0) == 24
     with pytest.raises(ValueError, match="`min_perplexity` must be at least 1"):
         arguments(tmp_path, min_perplexity=0.5)
+    with pytest.raises(ValueError, match="`min_codes_used`"):
+        arguments(tmp_path, min_codes_used=1.5)
+
+
+def test_few_codes_stop_the_run_though_their_perplexity_would_not(tmp_path):
+    watchdog = trainer_for(tmp_path, min_perplexity=2.0, min_codes_used=0.5, min_perplexity_from=10).watchdog
+    watchdog.count(torch.tensor([50, 50, 50, 0, 0, 0, 0, 0]))
+    with pytest.raises(CodebookCollapse, match="perplexity 3.00 at step 10, 3 of 8"):
+        watchdog.check(10, {})
+    watchdog.count(torch.tensor([50, 50, 50, 1, 0, 0, 0, 0]))
+    watchdog.check(10, {})
+    # Too few uses to tell a rare code from a dead one: the window grows.
+    watchdog.count(torch.tensor([127, 0, 0, 0, 0, 0, 0, 0]))
+    watchdog.check(12, {})
+    watchdog.count(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0]))
+    with pytest.raises(CodebookCollapse, match="1 of 8"):
+        watchdog.check(14, {})
+
+
+def test_the_watchdog_says_when_the_encoder_died(tmp_path):
+    """A dead ReLU gives every pair the same embedding."""
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model.bottleneck.convolutions[0].bias.fill_(-100.0)
+
+    sizes = {"bottleneck_activation": "relu"}
+    settings = {"max_steps": 24, "logging_steps": 4, "min_perplexity_from": 7}
+    message = "every pair the same embedding. Try, in this order: `bottleneck_activation: leaky_relu`"
+    with pytest.raises(CodebookCollapse, match=message):
+        trainer_for(tmp_path, sizes=sizes, callbacks=[Die()], **settings).train()
+    # The slope below zero keeps them apart.
+    assert trainer_for(tmp_path, callbacks=[Die()], **settings).train().global_step == 24
+
+
+def test_the_codebook_is_drawn_from_the_first_steps(tmp_path):
+    """Also when the run was interrupted among them."""
+    settings = {"max_steps": 5, "codebook_init_batches": 3, "codebook_update_interval": 100, "learning_rate": 1e-5}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    drawn = {}
+
+    def watched(folder, **changes):
+        trainer = trainer_for(folder, **{**settings, **changes})
+        collect = trainer._collect_first
+
+        def watch(codebook, step, embeddings):
+            if step == 3:
+                seen = [trainer.codebook_state.first_embeddings, *embeddings]
+                drawn["embeddings"] = torch.cat([part.float() for part in seen])
+            collect(codebook, step, embeddings)
+            if step == 3:
+                drawn["codebook"] = codebook.detach().clone()
+
+        trainer._collect_first = watch
+        return trainer
+
+    whole = watched(tmp_path / "whole")
+    whole.train()
+    assert len(drawn["embeddings"]) == 3 * 8 * 4
+    distances, nearest = torch.cdist(drawn["codebook"], drawn["embeddings"]).min(1)
+    assert distances.max() < 0.05 * drawn["embeddings"].std()
+    assert len({int(row) // 32 for row in nearest}) > 1, "only one batch was drawn from"
+    assert whole.codebook_state.first_embeddings is None
+    # Counting starts when the codebook does; the fifth of five batches has four pairs.
+    assert int(whole.codebook_state.usage_counts.sum()) == (8 + 4) * 4
+    watched(tmp_path / "parts", callbacks=[StopAt(2)]).train()
+    resumed = watched(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(resumed.codebook, whole.codebook)
+
+
+def test_noise_belongs_to_a_sample():
+    whole = SampleNoise(7).draw(step=3, rank=0, world_size=1, rows=8, width=5)
+    parts = [SampleNoise(7), SampleNoise(7)]
+    # Two processes, two parts of the step each.
+    found = [[noise.draw(3, rank, 2, 2, 5) for rank, noise in enumerate(parts)] for _ in range(2)]
+    assert torch.equal(torch.cat([rows for part in found for rows in part]), whole)
+    assert not torch.equal(SampleNoise(7).draw(4, 0, 1, 8, 5), whole)
+    assert not torch.equal(SampleNoise(8).draw(3, 0, 1, 8, 5), whole)
+    many = SampleNoise(0).draw(0, 0, 1, 20000, 2)
+    assert many.dtype == torch.float32 and abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_noise_by_sample_or_from_torch_as_published(tmp_path, by_sample):
+    trainer = trainer_for(tmp_path, max_steps=1, logging_steps=1, noise_by_sample=by_sample)
+    given = []
+    # The first call only looks for the codebook's start.
+    trainer.model.vector_quantizer.register_forward_pre_hook(lambda module, args: given.append(args[1:]))
+    trainer.train()
+    assert given[0] == () and len(given) == 2
+    if by_sample:
+        assert torch.equal(given[1][0], SampleNoise(42).draw(0, 0, 1, 32, 4))
+    else:
+        assert given[1] == (None,)

@@ -1,8 +1,11 @@
 """Tiny random models, one per architecture variant, and inputs that fit them."""
 
+from functools import cache
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from transformers import Dinov2Config, Dinov2Model
 
 from lapa import (
     LapaConfig,
@@ -71,13 +74,33 @@ QUANTIZER_VARIANTS: dict[str, dict[str, Any]] = {
     },
     "oblong": {"image_size": [24, 32], "patch_size": [8, 4], "bottleneck": "query", "num_latent_tokens": 2},
     "end-to-end": {"stop_gradient_first_frame": False},
+    "entropy": {"entropy_weight": 0.5},
+    "continuous": {"quantizer": "continuous", "interleave_latent_tokens": False},
+    "instruction": {"instruction_vocab_size": 50, "interleave_latent_tokens": False},
+    "task-centric": {"task_centric": True, "interleave_latent_tokens": False},
+    "actions": {"action_dim": 3, "action_mean": [0.0, 1.0, 2.0], "action_std": [1.0, 2.0, 3.0]},
+    "features": {"feature_loss_weight": 1.0, "pixel_loss_weight": 0.5, "feature_dim": 16, "features_per_patch": 2},
 }
+
+
+@cache
+def feature_backbone() -> str:
+    """Folder of a tiny random DINOv2."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=2, mlp_ratio=2
+    )
+    folder = mkdtemp(prefix="lapa-dinov2-")
+    torch.manual_seed(0)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
 
 
 def build(kind: str, **changes: Any) -> Any:
     """A freshly initialised model, one of `KINDS`."""
     torch.manual_seed(0)
     if kind in QUANTIZER_VARIANTS:
+        if kind == "features":
+            changes = {"feature_backbone": feature_backbone(), **changes}
         return LapaQuantizer(quantizer_config(**{**QUANTIZER_VARIANTS[kind], **changes}))
     if kind == "vision_tokenizer":
         return LapaVisionTokenizer(LapaVisionTokenizerConfig(**TINY_VISION_TOKENIZER, **changes))
@@ -112,7 +135,14 @@ def training_batch(model: Any, batch: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     config = model.config
     if config.model_type == "lapa_quantizer":
-        return {"pixel_values": torch.rand(batch, 2, 3, *config.image_height_width, generator=generator)}
+        inputs = {"pixel_values": torch.rand(batch, 2, 3, *config.image_height_width, generator=generator)}
+        if config.instruction_vocab_size is not None:
+            ids = torch.randint(1, config.instruction_vocab_size, (batch, 4), generator=generator)
+            inputs["instruction_ids"] = torch.cat((ids, torch.zeros_like(ids)), 1)
+        if config.action_dim is not None:
+            inputs["actions"] = torch.randn(batch, config.action_dim, generator=generator)
+            inputs["actions"][0] = float("nan")
+        return inputs
     if config.model_type == "lapa_vision_tokenizer":
         return {
             "pixel_values": torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1

@@ -28,8 +28,11 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         > Parameters that control the codebook
 
         codebook_init_from_data (`bool`, *optional*, defaults to `True`):
-            Whether the codebook of a fresh model starts as random embeddings of the first batch. A random codebook
-            far from the embeddings falls to one code at once. Models loaded from a checkpoint keep theirs.
+            Whether the codebook of a fresh model starts as random embeddings of the data. A random codebook far from
+            the embeddings falls to one code at once. Models loaded from a checkpoint keep theirs.
+        codebook_init_batches (`int`, *optional*, defaults to `4`):
+            Steps from whose embeddings: the codebook starts from the first batch, and is drawn anew from those of all
+            these steps at the end of the last of them. 1 keeps the first batch's.
         codebook_update (`str`, *optional*, defaults to `"reseed"`):
             What happens to codes that are not used: `"reseed"` puts them where current embeddings are, `"published"`
             copies used entries over them by the published rule and schedule, `"none"` leaves them.
@@ -40,9 +43,17 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         codebook_update_threshold (`float`, *optional*, defaults to `0.1`):
             `"reseed"`: a code is dead when its share of all codes is below this part of an even share
             (`1 / codebook_size`). `"published"`: the published meaning, uses per sample of a batch.
+        noise_by_sample (`bool`, *optional*, defaults to `True`):
+            Whether a sample's noise (NSVQ, continuous) is drawn by its place in the batch over all processes, so that one
+            process and several train alike. `False` draws from torch's generator, as the published loop does.
+
+        > Parameters of the watchdog
+
         min_perplexity (`float`, *optional*):
-            Perplexity of the codes between two logs below which the training stops with `CodebookCollapse`; None sets no
-            limit.
+            Perplexity of the codes between two logs below which the training stops with `CodebookCollapse`; None means a
+            quarter of the codebook, 0 sets no limit.
+        min_codes_used (`float`, *optional*, defaults to `0.5`):
+            Share of the codebook in use between two logs below which it stops; 0 sets no limit.
         min_perplexity_from (`int`, *optional*, defaults to `1000`):
             First step at which that is looked at: codebooks fill up in the beginning.
 
@@ -74,8 +85,9 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the data are frame pairs."})
 
     codebook_init_from_data: bool = field(
-        default=True, metadata={"help": "Start the codebook of a fresh model from embeddings of the first batch."}
+        default=True, metadata={"help": "Start the codebook of a fresh model from embeddings of the data."}
     )
+    codebook_init_batches: int = field(default=4, metadata={"help": "Steps from whose embeddings it is drawn."})
     codebook_update: str = field(
         default="reseed",
         metadata={"help": "What happens to unused codes.", "choices": list(CODEBOOK_UPDATES)},
@@ -88,9 +100,18 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "A code used less than this part of an even share is re-seeded."}
     )
     min_perplexity: float | None = field(
-        default=None, metadata={"help": "Stop when the codes' perplexity is below this; no limit by default."}
+        default=None,
+        metadata={
+            "help": "Stop when the codes' perplexity is below this; a quarter of the codebook by default, 0 never."
+        },
+    )
+    min_codes_used: float = field(
+        default=0.5, metadata={"help": "Stop when a smaller share of the codebook is in use; 0 never."}
     )
     min_perplexity_from: int = field(default=1000, metadata={"help": "First step at which that is looked at."})
+    noise_by_sample: bool = field(
+        default=True, metadata={"help": "Draw noise by a sample's place in the global batch."}
+    )
     num_sample_reconstructions: int = field(
         default=8, metadata={"help": "Frame pairs drawn beside their reconstruction; 0 draws none."}
     )
@@ -104,11 +125,16 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.codebook_update_threshold < 1:
             raise ValueError(f"`codebook_update_threshold` must lie in [0, 1), got {self.codebook_update_threshold}.")
-        if self.min_perplexity is not None and self.min_perplexity < 1:
-            raise ValueError(f"`min_perplexity` must be at least 1, which one code has, got {self.min_perplexity}.")
+        if self.min_perplexity is not None and self.min_perplexity != 0 and self.min_perplexity < 1:
+            raise ValueError(
+                f"`min_perplexity` must be at least 1, which one code has, or 0 for no limit, got {self.min_perplexity}."
+            )
+        if not 0 <= self.min_codes_used <= 1:
+            raise ValueError(f"`min_codes_used` is a share and must lie in [0, 1], got {self.min_codes_used}.")
         _check_at_least(
             self,
             {
+                "codebook_init_batches": 1,
                 "codebook_update_interval": 1,
                 "min_perplexity_from": 0,
                 "codebook_update_until": 0,

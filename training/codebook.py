@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,11 +28,14 @@ class CodebookState:
         batch_counts (`torch.Tensor` of shape `(codebook_size,)`): int64 batches since the last update in which the code
             occurred, which is what the published code counts.
         num_replaced (`int`): Codes replaced so far.
+        first_embeddings (`torch.Tensor` of shape `(num_embeddings, codebook_dim)`, *optional*): Embeddings of the first
+            steps in the order of their samples, while the codebook still waits to be drawn from them.
     """
 
     usage_counts: torch.Tensor
     batch_counts: torch.Tensor
     num_replaced: int = field(default=0)
+    first_embeddings: torch.Tensor | None = None
 
     @classmethod
     def new(cls, codebook_size: int) -> "CodebookState":
@@ -44,6 +48,11 @@ class CodebookState:
         self.usage_counts += counts
         self.batch_counts += counts > 0
 
+    def collect(self, embeddings: torch.Tensor) -> None:
+        """Adds a step's `embeddings` (num_embeddings, codebook_dim) to the first ones."""
+        parts = [] if self.first_embeddings is None else [self.first_embeddings]
+        self.first_embeddings = torch.cat([*parts, embeddings.detach().float().cpu()])
+
     def reset_counts(self) -> None:
         """Starts a new period."""
         self.usage_counts.zero_()
@@ -54,6 +63,8 @@ class CodebookState:
         path = Path(folder) / STATE_FILE
         temporary = path.with_name(path.name + ".tmp")
         tensors = {"usage_counts": self.usage_counts, "batch_counts": self.batch_counts}
+        if self.first_embeddings is not None:
+            tensors["first_embeddings"] = self.first_embeddings
         save_file(tensors, temporary, metadata={"lapa": json.dumps({"num_replaced": self.num_replaced})})
         temporary.replace(path)
 
@@ -70,7 +81,8 @@ class CodebookState:
             raise ValueError(f"{folder} cannot be resumed: it has no {STATE_FILE}.")
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("usage_counts", "batch_counts")}
+                names = [name for name in ("first_embeddings",) if name in file.keys()]  # noqa: SIM118 (no mapping)
+                tensors = {name: file.get_tensor(name) for name in ("usage_counts", "batch_counts", *names)}
                 metadata = json.loads(file.metadata()["lapa"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
@@ -136,10 +148,47 @@ def clear_moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Paramete
             value[rows.to(value.device)] = 0
 
 
+class SampleNoise:
+    """
+    Standard normal noise that belongs to a sample, not to a process.
+
+    The numbers of a step are drawn one after the other in the order of its samples over all processes, so that any
+    division of a batch, over processes or into accumulated parts, gives each sample the same noise.
+
+    Args:
+        seed: Of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._step: int | None = None
+        self._generator = np.random.default_rng()
+
+    def draw(self, step: int, rank: int, world_size: int, rows: int, width: int) -> torch.Tensor:
+        """
+        Noise of this process's part of the next part of a step.
+
+        Args:
+            step: Optimizer steps so far.
+            rank, world_size: Of this process; the samples of lower ranks come first.
+            rows: Rows that each process needs.
+            width: Of a row.
+
+        Returns:
+            (rows, width) float32.
+        """
+        if step != self._step:
+            self._step = step
+            self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step])))
+        everyone = self._generator.standard_normal((world_size * rows, width), dtype=np.float32)
+        return torch.from_numpy(everyone[rank * rows : (rank + 1) * rows])
+
+
 __all__ = [
     "PUBLISHED_SCHEDULE",
     "STATE_FILE",
     "CodebookState",
+    "SampleNoise",
     "clear_moments",
     "codebook_from_embeddings",
     "count_codes",

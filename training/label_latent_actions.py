@@ -52,6 +52,15 @@ def _as_frames(pair: Any) -> torch.Tensor:
     return frames.permute(0, 3, 1, 2)
 
 
+def check_has_codes(config: Any) -> None:
+    """Refuses a quantizer that has embeddings only."""
+    if not config.has_codes:
+        raise ValueError(
+            f'a quantizer with `quantizer="{config.quantizer}"` has no codes to label with: its latent actions are '
+            "`latent_action_embeddings`, which `encode` gives. Stages 2 and 3 need codes: train with nsvq, vq or fsq."
+        )
+
+
 @torch.no_grad()
 def label_latent_actions(
     quantizer: LapaQuantizer | LapaQuantizerEncoder,
@@ -73,8 +82,9 @@ def label_latent_actions(
         (num_pairs, num_latent_tokens) int64 in [0, codebook_size).
 
     Raises:
-        ValueError: A batch size below one, or frames of another size or kind.
+        ValueError: A batch size below one, frames of another size or kind, or a quantizer without codes.
     """
+    check_has_codes(quantizer.config)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     collate, parameter = FramePairCollator(), next(quantizer.parameters())
@@ -337,6 +347,7 @@ def read_labels(folder: str | Path) -> Any:
 
 __all__ = [
     "LabelManifest",
+    "check_has_codes",
     "encode_images",
     "episode_rows",
     "hash_weights",

@@ -14,6 +14,7 @@ def run_label(script_args: LabelArguments) -> None:
     from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
     from lapa.training.label_latent_actions import (
         LabelManifest,
+        check_has_codes,
         episode_rows,
         hash_weights,
         label_episodes,
@@ -32,6 +33,7 @@ def run_label(script_args: LabelArguments) -> None:
     gaps = {episode.episode_id: frame_gap_of(episode, gap, seconds) for episode in source.episodes}
     device = script_args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     quantizer = LapaQuantizerEncoder.from_pretrained(script_args.model).to(device).eval()
+    check_has_codes(quantizer.config)
     manifest = LabelManifest(
         quantizer_hash=hash_weights(script_args.model),
         codebook_size=quantizer.config.codebook_size,

@@ -71,11 +71,45 @@ def _evaluation_examples(stream: "FramePairStream | None", count: int) -> Any:
     return ExampleList(examples)
 
 
+# Pairs that are looked at to standardise actions by.
+NUM_ACTION_EXAMPLES = 1024
+
+
+def _make_model(script_args: QuantizerArguments, sizes: dict[str, Any]) -> Any:
+    """A fresh quantizer, one to train on, or a second stage on top of a first one."""
+    from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
+    from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
+
+    if script_args.model is None:
+        if sizes.get("task_centric"):
+            raise ValueError("`task_centric` needs a first stage: give its folder as `model`.")
+        return LapaQuantizer(LapaQuantizerConfig(**sizes))
+    check_checkpoint(script_args.model, "lapa_quantizer")
+    if sizes == {"task_centric": True}:
+        return LapaQuantizer.from_first_stage(script_args.model)
+    if sizes:
+        raise ValueError(
+            "`quantizer_config` and `model` exclude each other: a trained model has its sizes. Only `task_centric: true`, "
+            "alone, goes with a `model`."
+        )
+    return LapaQuantizer.from_pretrained(script_args.model)
+
+
+def _standardise_actions(config: Any, stream: "FramePairStream", share: float) -> None:
+    """Fills in `action_mean` and `action_std` where a quantizer that reads actions off lacks them."""
+    from lapa.training.pair_conditions import action_statistics
+
+    if config.action_dim is None or config.action_std is not None:
+        return
+    for name, values in action_statistics(stream.sample(NUM_ACTION_EXAMPLES), config.action_dim, share).items():
+        setattr(config, name, values)
+
+
 def run_train_quantizer(script_args: QuantizerArguments, training_args: Any) -> None:
     from transformers import set_seed
 
     from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
-    from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
+    from lapa.training.pair_conditions import QuantizerCollator
     from lapa.training.quantizer_trainer import LapaQuantizerTrainer
     from lapa.training.sources import SETTINGS_FILE
     from lapa.training.stream_training import write_json
@@ -84,17 +118,12 @@ def run_train_quantizer(script_args: QuantizerArguments, training_args: Any) -> 
     check_evaluation(training_args, script_args.eval_episodes)
     sizes = read_config(script_args.quantizer_config, LapaQuantizerConfig, "quantizer_config")
     set_seed(training_args.seed)
-    if script_args.model is not None:
-        if sizes:
-            raise ValueError("`quantizer_config` and `model` exclude each other: a trained model has its sizes.")
-        check_checkpoint(script_args.model, "lapa_quantizer")
-        config = LapaQuantizerConfig.from_pretrained(script_args.model)
-    else:
-        config = LapaQuantizerConfig(**sizes)
-    stream, eval_stream = _streams(script_args, training_args, config.image_height_width)
+    model = _make_model(script_args, sizes)
+    stream, eval_stream = _streams(script_args, training_args, model.config.image_height_width)
     evaluation = _evaluation_examples(eval_stream, script_args.eval_pairs)
-    model = LapaQuantizer(config) if script_args.model is None else LapaQuantizer.from_pretrained(script_args.model)
-    trainer = LapaQuantizerTrainer(model, training_args, stream, evaluation)
+    _standardise_actions(model.config, stream, script_args.action_share)
+    collator = QuantizerCollator(model.config, script_args.action_share)
+    trainer = LapaQuantizerTrainer(model, training_args, stream, evaluation, data_collator=collator)
     run_training(trainer, training_args)
     trainer.save_model()
     if trainer.is_world_process_zero():

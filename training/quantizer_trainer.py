@@ -15,30 +15,33 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from lapa.data.frame_pairs import FramePairCollator
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.vector_quantization_lapa import CodebookQuantizer, replace_unused_codes_published
 from lapa.training.arguments import LapaQuantizerTrainingArguments
 from lapa.training.codebook import (
     CodebookState,
+    SampleNoise,
     clear_moments,
     codebook_from_embeddings,
     dead_codes,
     published_update_due,
     reseed_codes,
 )
+from lapa.training.codebook_watchdog import CodebookCollapse, CodebookWatchdog
 from lapa.training.metrics import code_usage, count_codes, num_codes_used, perplexity
 from lapa.training.metrics_trainer import MetricsTrainer
+from lapa.training.pair_conditions import QuantizerCollator
 
 logger = logging.getLogger(__name__)
 
+# What a batch may hold beside the frames, under the name the model takes it by.
+CONDITIONS = ("actions", "instruction_ids")
+# Fields of the output that are logged.
+LOSS_PARTS = ("reconstruction_loss", "feature_loss", "action_loss", "kl")
+
 # Larger codebooks log no share per code: thousands of curves help nobody.
 MAX_LOGGED_CODES = 64
-
-
-class CodebookCollapse(ValueError):
-    """A training that was stopped because hardly any code is in use."""
 
 
 class CodebookCallback(TrainerCallback):
@@ -98,17 +101,19 @@ class LapaQuantizerTrainer(MetricsTrainer):
     >>> trainer.train()
     ```
 
-    Beside the loss it logs the reconstruction loss, how many codes were used since the last log, their perplexity and
-    shares, and how many were replaced so far. A checkpoint holds the usage counts, so that a resumed training goes on
-    exactly as if it had not stopped.
+    Beside the loss it logs its parts, how many codes were used since the last log, their perplexity and shares, and how
+    many were replaced so far. A checkpoint holds the usage counts, so that a resumed training goes on exactly as if it
+    had not stopped. What is drawn for a sample (noise, re-seeding) depends on its place in the batch over all processes,
+    so that one process and several with the same global batch give the same codes and the same codebook.
 
     Args:
-        model: The quantizer. With `quantizer="fsq"` there is no codebook to look after.
+        model: The quantizer. With `quantizer="fsq"` and `"continuous"` there is no codebook to look after.
         args: Training arguments.
-        train_dataset: `FramePairStream`, `FramePairDataset`, or anything that gives `frames` (2, 3, height, width) uint8.
+        train_dataset: `FramePairStream`, `FramePairDataset`, or anything that gives `frames` (2, 3, height, width) uint8;
+            `action` and `instruction` too, for models that take them.
         eval_dataset: As `train_dataset`, but no stream.
         callbacks: Further callbacks.
-        data_collator: Batches the examples; `FramePairCollator` when None.
+        data_collator: Batches the examples; `QuantizerCollator` when None.
         kwargs: Further arguments of [`~transformers.Trainer`].
     """
 
@@ -127,7 +132,7 @@ class LapaQuantizerTrainer(MetricsTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=FramePairCollator() if data_collator is None else data_collator,
+            data_collator=QuantizerCollator(model.config) if data_collator is None else data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),
@@ -137,6 +142,8 @@ class LapaQuantizerTrainer(MetricsTrainer):
         self.codebook_state = CodebookState.new(self.codebook_size)
         self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         self._step_embeddings: list[torch.Tensor] = []
+        self._noise = SampleNoise(args.seed)
+        self.watchdog = CodebookWatchdog(model.config, args)
         self._samples: list[Any] = []
         # First, so that samples, logs and checkpoints see the updated codebook.
         self.callback_handler.callbacks.insert(0, CodebookCallback(self))
@@ -170,24 +177,45 @@ class LapaQuantizerTrainer(MetricsTrainer):
         """Loss of a batch; in training also counts its codes."""
         if model.training and self.state.global_step == 0 and not self._step_embeddings:
             self._start_codebook(inputs["pixel_values"])
-        # NSVQ draws its noise from torch's generator, which checkpoints restore.
-        outputs = model(pixel_values=inputs["pixel_values"], noise=None)
-        counts = count_codes(outputs.latent_action_codes, self.codebook_size)
+        conditions = {name: inputs[name] for name in CONDITIONS if name in inputs}
+        noise = self._draw_noise(inputs["pixel_values"]) if model.training else None
+        outputs = model(pixel_values=inputs["pixel_values"], noise=noise, **conditions)
+        means = {name: outputs[name] for name in LOSS_PARTS if outputs.get(name) is not None}
+        counts = None
+        if outputs.latent_action_codes is not None:
+            counts = count_codes(outputs.latent_action_codes, self.codebook_size)
         if model.training:
-            self._count_batch(counts, outputs)
+            self._count_batch(counts, outputs, means)
         else:
-            self._eval_counts += counts.cpu()
-            self._eval_means.add(
-                {"reconstruction_loss": outputs.reconstruction_loss}, weight=len(inputs["pixel_values"])
-            )
+            if counts is not None:
+                self._eval_counts += counts.cpu()
+            self._eval_means.add(means, weight=len(inputs["pixel_values"]))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _count_batch(self, counts: torch.Tensor, outputs: Any) -> None:
-        counts = self.accelerator.reduce(counts, "sum")
+    def _draw_noise(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        config = self.quantizer.config
+        if config.quantizer not in ("nsvq", "continuous") or not self.args.noise_by_sample:
+            return None  # the model draws from torch's generator, which checkpoints restore
+        rows = len(pixel_values) * config.num_noise_tokens
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        noise = self._noise.draw(self.state.global_step, *processes, rows, config.codebook_dim)
+        return noise.to(pixel_values.device)
+
+    def _count_batch(self, counts: torch.Tensor | None, outputs: Any, means: dict[str, torch.Tensor]) -> None:
+        embeddings = outputs.latent_action_embeddings.detach().flatten(0, 1)
+        spread = embeddings.float()
+        self._means.add(
+            means
+            | {"embedding_std": spread.std(0, correction=0).mean(), "embedding_rms": spread.square().mean().sqrt()}
+        )
+        self._step_embeddings.append(embeddings)
+        if counts is None:
+            return
+        # To the CPU once: every copy waits for the device.
+        counts = self.accelerator.reduce(counts, "sum").cpu()
         self.codebook_state.count(counts)
-        self._logged_counts += counts.cpu()
-        self._means.add({"reconstruction_loss": outputs.reconstruction_loss})
-        self._step_embeddings.append(outputs.latent_action_embeddings.detach().flatten(0, 1))
+        self.watchdog.count(counts)
+        self._logged_counts += counts
         # The published loop replaces between the forward and the backward pass of a step.
         if (
             self.codebook is not None
@@ -208,6 +236,8 @@ class LapaQuantizerTrainer(MetricsTrainer):
         embeddings = self.accelerator.gather(embeddings.contiguous())
         codebook_from_embeddings(codebook, embeddings, self._generator(0))
         self._share_codebook(codebook)
+        if self.args.codebook_init_batches > 1:
+            self.codebook_state.first_embeddings = torch.zeros(0, codebook.shape[1])
 
     def _replace_published(self, batch_size: int) -> None:
         codebook, state = self.codebook, self.codebook_state
@@ -227,19 +257,37 @@ class LapaQuantizerTrainer(MetricsTrainer):
         """Re-seeds dead codes after step number `step` (from 1) if that is due; called by the callback."""
         embeddings, self._step_embeddings = self._step_embeddings, []
         codebook, args = self.codebook, self.args
+        if codebook is not None and self.codebook_state.first_embeddings is not None:
+            self._collect_first(codebook, step, embeddings)
+            return
         if codebook is None or args.codebook_update != "reseed" or step > self.codebook_update_until:
             return
         if step % args.codebook_update_interval:
             return
         dead = dead_codes(self.codebook_state.usage_counts, args.codebook_update_threshold)
         if dead.any():
-            gathered = torch.cat([self.accelerator.gather(part.contiguous()) for part in embeddings])
-            reseed_codes(codebook, dead, gathered, self._generator(step))
+            reseed_codes(codebook, dead, self._gather(embeddings), self._generator(step))
             self._share_codebook(codebook)
             clear_moments(self.optimizer, codebook, dead)
             self.codebook_state.num_replaced += int(dead.sum())
             logger.info("step %d: re-seeded %d of %d codes", step, int(dead.sum()), self.codebook_size)
         self.codebook_state.reset_counts()
+
+    def _gather(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        """A step's embeddings of all processes, in the order of the samples of the global batch."""
+        return torch.cat([self.accelerator.gather(part.contiguous()) for part in embeddings])
+
+    def _collect_first(self, codebook: nn.Parameter, step: int, embeddings: list[torch.Tensor]) -> None:
+        state = self.codebook_state
+        state.collect(self._gather(embeddings))
+        if step < self.args.codebook_init_batches:
+            return
+        assert state.first_embeddings is not None
+        codebook_from_embeddings(codebook, state.first_embeddings, self._generator(step))
+        self._share_codebook(codebook)
+        clear_moments(self.optimizer, codebook, torch.ones(len(codebook), dtype=torch.bool))
+        state.first_embeddings = None
+        state.reset_counts()
 
     def _generator(self, step: int) -> torch.Generator:
         # Its own generator: the draws depend on the seed and the step alone, and leave torch's generator as it is.
@@ -253,22 +301,22 @@ class LapaQuantizerTrainer(MetricsTrainer):
 
     def training_metrics(self) -> dict[str, float]:
         """The use of the codes since the last training log, and how many were replaced so far."""
+        if not self.quantizer.config.has_codes:
+            return {}
         metrics = self._usage_metrics(self._logged_counts)
         self._logged_counts.zero_()
-        self._refuse_collapse(metrics)
         return metrics | {"codes_replaced": float(self.codebook_state.num_replaced)}
 
-    def _refuse_collapse(self, metrics: dict[str, float]) -> None:
-        least, step = self.args.min_perplexity, self.state.global_step
-        if least is not None and step >= self.args.min_perplexity_from and metrics["perplexity"] < least:
-            raise CodebookCollapse(
-                f"the codebook collapsed: perplexity {metrics['perplexity']:.2f} at step {step}, "
-                f"{metrics['codes_used']:.0f} of {self.codebook_size} codes in use (`min_perplexity` {least:g}). Another "
-                f"`seed` (now {self.args.seed}) or a lower `learning_rate` (now {self.args.learning_rate:g}) may help."
-            )
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `MetricsTrainer`; then stops a training whose codes collapsed."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.watchdog.check(self.state.global_step, logs)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """The use of the codes in the evaluation."""
+        if not self.quantizer.config.has_codes:
+            return {}
         counts = self.accelerator.reduce(self._eval_counts.to(self.accelerator.device), "sum")
         return self._usage_metrics(counts.cpu())
 

@@ -110,7 +110,9 @@ class QuantizerArguments(SourceArguments):
     Args:
         quantizer_config (`dict` or `str`, *optional*): `LapaQuantizerConfig` fields that differ from the released sizes:
             a mapping in a recipe, JSON, or a JSON or YAML file.
-        model (`str`, *optional*): Quantizer folder to train on, instead of a fresh one.
+        model (`str`, *optional*): Quantizer folder to train on, instead of a fresh one. With `task_centric: true` in
+            `quantizer_config` it is the first stage, on which the second is built.
+        action_share (`float`): Share of the episodes whose actions are shown to a quantizer with `action_dim`.
         buffer_size (`int`): Pairs that each loader worker keeps in memory to draw from.
         pairs_per_episode (`int`, *optional*): Pairs taken of each episode in an epoch, drawn at random; all by default.
         eval_episodes (`int`): Last episodes of each data set, held out for evaluation.
@@ -121,6 +123,9 @@ class QuantizerArguments(SourceArguments):
         default=None, metadata={"help": "LapaQuantizerConfig fields: JSON, or a JSON or YAML file."}
     )
     model: str | None = field(default=None, metadata={"help": "Quantizer folder to train on."})
+    action_share: float = field(
+        default=1.0, metadata={"help": "Share of the episodes whose actions are shown (`action_dim`)."}
+    )
     buffer_size: int = field(default=1024, metadata={"help": "Pairs that a loader worker keeps to draw from."})
     pairs_per_episode: int | None = field(
         default=None, metadata={"help": "Pairs taken of each episode in an epoch; all by default."}
@@ -133,6 +138,8 @@ class QuantizerArguments(SourceArguments):
     def __post_init__(self) -> None:
         if self.eval_pairs < 1:
             raise ValueError(f"`eval_pairs` must be at least 1, got {self.eval_pairs}.")
+        if not 0 < self.action_share <= 1:
+            raise ValueError(f"`action_share` must lie in (0, 1], got {self.action_share}.")
 
 
 @dataclass
