@@ -61,6 +61,9 @@ RECIPE = {
     # The pixels that change are so few that the loss starts at 0.006, and its gradient is as small.
     "adam_epsilon": 1e-10,
     "max_grad_norm": 0.006,
+    # A run that collapses is to be judged, not stopped.
+    "min_perplexity": 1.0,
+    "min_codes_used": 0.0,
 }
 # Pixels; a few hundred pairs are learned by heart otherwise.
 SHIFT = {"tabletop": 0, "human": 0, "bridge": 6}
@@ -368,6 +371,9 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, args.output.open("a", encoding="utf-8") as file:
         futures = [pool.submit(run, args.data, *job, args.steps, args.device) for job in jobs]
         for future in as_completed(futures):
+            if future.exception() is not None:
+                print(f"a run failed: {future.exception()!r}", flush=True)
+                continue
             line = future.result()
             file.write(json.dumps(line) + "\n")
             file.flush()
