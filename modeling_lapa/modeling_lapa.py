@@ -14,6 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from lapa.configuration.configuration_lapa import LapaConfig
+from lapa.modeling_lapa.adapter_loading_lapa import HUB_ARGUMENTS, AdapterSource, find_adapter, load_adapter
 from lapa.modeling_lapa.generation_lapa import (
     ActionBinsLogitsProcessor,
     LapaGenerationMixin,
@@ -42,6 +43,28 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         self.model = LapaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; a folder with an adapter alone gives its base model with the adapter in it."""
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            return cls._from_adapter(adapter, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def _from_adapter(cls, adapter: AdapterSource, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("adapter_kwargs", None)
+        config = copy.deepcopy(adapter.config)
+        for name in kwargs.keys() & LapaConfig.__dataclass_fields__.keys() - {"dtype"}:
+            setattr(config, name, kwargs.pop(name))
+        kwargs["config"] = config
+        # An Auto class goes by the base model's config, in which there may be no action rows yet.
+        of_action = adapter.by_auto_class and config.has_action_segment
+        loaded = (LapaForActionPrediction if of_action else cls).from_pretrained(adapter.base, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        load_adapter(model, adapter.folder, kwargs)
+        return loaded
 
     @can_return_tuple
     def forward(
@@ -267,9 +290,11 @@ class LapaForActionPrediction(LapaForTokenPrediction):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`; a latent-pretrained checkpoint gains action rows, drawn from torch's generator."""
-        hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            return cls._from_adapter(adapter, *args, **kwargs)
         source, _ = LapaConfig.get_config_dict(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         )
         if source.get("has_action_segment", False):
             rows, asked = source["action_vocab_size"], kwargs.get("action_vocab_size")

@@ -112,7 +112,11 @@ def test_pretrained_policy_records_its_quantizer(chain):
     assert {"eval_loss", "eval_latent_loss", "eval_text_loss", "eval_latent_accuracy"} <= set(metrics)
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [[], ["--use_peft", "--lora_r", "4"], ["--use_peft", "--use_dora"]],
+    ids=["full", "lora", "dora"],
+)
 def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", *lora) == 0
     policy = LapaForActionPrediction.from_pretrained(tmp_path / "robot")

@@ -64,6 +64,23 @@ def _action_sizes(script_args: FinetuneArguments, action_dim: int) -> dict[str, 
     return {}
 
 
+def _quantization(model_args: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told of `load_in_4bit` and the like."""
+    from lapa.training.adapters import quantization_config
+
+    config = quantization_config(
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        quant_type=model_args.bnb_4bit_quant_type,
+        nested=model_args.use_bnb_nested_quant,
+    )
+    if config is None:
+        return {}
+    if not model_args.use_peft:
+        raise ValueError("`load_in_4bit` and `load_in_8bit` need `use_peft`: a quantised trunk takes adapters only.")
+    return {"quantization_config": config}
+
+
 def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args: Any) -> None:
     from transformers import set_seed
     from trl import get_peft_config
@@ -77,8 +94,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     check_evaluation(training_args, script_args.eval_episodes)
     if model_args.model_name_or_path is not None:
         raise ValueError("`model_name_or_path` is called `model` here.")
-    if model_args.load_in_8bit or model_args.load_in_4bit:
-        raise ValueError("`load_in_8bit` and `load_in_4bit` are not supported in finetuning yet.")
+    quantization = _quantization(model_args)
     check_checkpoint(script_args.model, "lapa")
     set_seed(training_args.seed)
     columns, name = _action_columns(script_args)
@@ -90,7 +106,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     if script_args.keep_latent_head is not None:
         sizes["keep_latent_head"] = script_args.keep_latent_head
     policy = LapaForActionPrediction.from_pretrained(
-        script_args.model, **sizes, **load_options(model_args.dtype, model_args.attn_implementation)
+        script_args.model, **sizes, **quantization, **load_options(model_args.dtype, model_args.attn_implementation)
     )
     _prepare_actions(script_args, policy.config, processor, train_columns, key)
     cache, augmentation = script_args.cache_vision_codes, None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -25,9 +26,9 @@ class ActionCollator(LapaTrainingCollator):
     """
     `LapaTrainingCollator` that lets through what examples say of themselves.
 
-    `action` ([action_horizon,] action_dim) becomes (batch, [action_horizon,] action_dim) float32, NaN for dimensions that
-    another example has and this one lacks; `unnorm_key` and `example_id` become lists of strings. Each goes along where
-    every example that is kept has it.
+    `action` ([action_horizon,] action_dim) becomes (batch, [action_horizon,] action_dim) float32, NaN for what another
+    example has and this one lacks; `unnorm_key` and `example_id` become lists of strings, empty where there is none. Each
+    goes along where any example that is kept has it.
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -35,16 +36,20 @@ class ActionCollator(LapaTrainingCollator):
         kept = [example for example in examples if self._fits(example)]
         batch: dict[str, Any] = super().__call__(kept)
         for name in DESCRIBING_KEYS:
-            if all(name in example for example in kept):
-                values = [example[name] for example in kept]
-                batch[name] = _stack_actions(values) if name == "action" else [str(value) for value in values]
+            if any(name in example for example in kept):
+                values = [example.get(name) for example in kept]
+                batch[name] = _stack_actions(values) if name == "action" else [str(value or "") for value in values]
         return batch
 
 
 def _stack_actions(actions: Sequence[Any]) -> torch.Tensor:
-    rows = [torch.as_tensor(action).float() for action in actions]
-    width = max(row.shape[-1] for row in rows)
-    return torch.stack([nn.functional.pad(row, (0, width - row.shape[-1]), value=math.nan) for row in rows])
+    known = [torch.as_tensor(action).float() for action in actions if action is not None]
+    widest = max(known, key=lambda row: row.shape[-1])
+    rows = [torch.full_like(widest, math.nan) for _ in actions]
+    for row, action in zip(rows, actions):
+        if action is not None:
+            row[..., : np.shape(action)[-1]] = torch.as_tensor(action)
+    return torch.stack(rows)
 
 
 class _StartEpoch(TrainerCallback):
