@@ -134,11 +134,11 @@ class SkippedEpisodes:
         """Counts an episode that could be read."""
         self.num_seen += 1
 
-    def __call__(self, error: ReadError) -> None:
-        """Counts one that could not."""
-        self.num_seen += 1
-        self.reasons[str(error)] += 1
-        logger.warning("skipped: %s", error)
+    def __call__(self, error: ReadError, count: int = 1) -> None:
+        """Counts what could not: one episode, or `count` that are lost for the same reason."""
+        self.num_seen += count
+        self.reasons[str(error)] += count
+        logger.warning("skipped%s: %s", "" if count == 1 else f" {count} episodes", error)
         if self.num_seen >= self.min_episodes:
             self.check(error)
 

@@ -15,8 +15,17 @@ from lapa.data.stream_cursor import StreamCursor, StreamOptions, StreamPart, res
 
 STATE_VERSION = 1
 ON_ERROR_RULES = ("raise", "skip")
+# A run that stopped at something unreadable may go on with another rule.
+FREE_OPTIONS = ("on_error", "max_skipped")
 # Yielded to a loader after the last example: it brings the final state along, and goes no further.
 END = object()
+
+
+class Failure:
+    """Yielded to a loader by a worker that cannot go on: the error, which the main process raises as it is."""
+
+    def __init__(self, error: ValueError) -> None:
+        self.error = error
 
 
 class ShuffledStream(IterableDataset[dict[str, Any]]):
@@ -109,7 +118,22 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
             self.begin(1)
         self._check_num_workers(num_workers)
         self._cursor_worker = (self._next_worker + worker) % num_workers
-        self._cursor = StreamCursor(
+        try:
+            self._cursor = self._open_cursor(num_workers)
+            yield from self._cursor
+        except ValueError as error:
+            # torch would wrap it into its own kind of message, a traceback.
+            if info is None:
+                raise
+            yield Failure(error)
+            return
+        if self._in_loader:
+            yield END
+        elif alone:
+            self.finish_pass()
+
+    def _open_cursor(self, num_workers: int) -> StreamCursor:
+        return StreamCursor(
             self.parts,
             self.options,
             self.rank * num_workers + self._cursor_worker,
@@ -117,16 +141,26 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
             self._state_of(self._cursor_worker),
             self.epoch,
         )
-        yield from self._cursor
-        if self._in_loader:
-            yield END
-        elif alone:
-            self.finish_pass()
 
     def first(self, count: int) -> list[dict[str, Any]]:
         """The first examples of an epoch, drawn from a smaller buffer; what is being read is not disturbed."""
         options = replace(self.options, buffer_size=min(self.options.buffer_size, count))
         cursor = StreamCursor(self.parts, options, self.rank, self.world_size)
+        return list(islice(cursor, count))
+
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        """
+        Examples spread evenly over the groups, the same on every rank; what is being read is not disturbed.
+
+        Args:
+            count: Most that are wanted, at least 1. No group gives more than its share of it, so that short groups may
+                leave it fewer.
+        """
+        num_groups = sum(sum(part.group_counts) for part in self.parts)
+        limit, share = self.options.items_per_group, -(-count // num_groups)
+        share = share if limit is None else min(share, limit)
+        options = replace(self.options, buffer_size=1, items_per_group=share, repeat=False)
+        cursor = StreamCursor(self.parts, options, 0, 1)
         return list(islice(cursor, count))
 
     def begin(self, num_workers: int, in_loader: bool = False) -> None:
@@ -216,18 +250,15 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         self.epoch, self._loaded = epoch, True
 
     def description(self) -> dict[str, Any]:
-        """What a state depends on, JSON-serialisable."""
-        options = asdict(self.options)
-        # It may be changed: no order depends on it.
-        del options["max_skipped"]
-        options = {self.option_names.get(name, name): value for name, value in options.items()}
+        """What the stream was made with, JSON-serialisable: a state goes with all of it but `FREE_OPTIONS`."""
+        options = {self.option_names.get(name, name): value for name, value in asdict(self.options).items()}
         return options | {"sources": [part.description() for part in self.parts]}
 
     def _check_description(self, earlier: Mapping[str, Any]) -> None:
         # Through JSON, which makes lists of tuples.
         ours = json.loads(json.dumps(self.description()))
         for name, value in ours.items():
-            if name != "sources" and value != earlier[name]:
+            if name not in ("sources", *FREE_OPTIONS) and value != earlier[name]:
                 raise ValueError(f"`{name}` is {value!r}, the state was made with {earlier[name]!r}.")
         if len(ours["sources"]) != len(earlier["sources"]):
             raise ValueError(
@@ -261,4 +292,4 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         return totals
 
 
-__all__ = ["END", "ON_ERROR_RULES", "ShuffledStream"]
+__all__ = ["END", "ON_ERROR_RULES", "Failure", "ShuffledStream"]

@@ -102,35 +102,37 @@ class SourceArguments:
         return (open_pair_source(self.data, **options),)
 
 
-@dataclass
-class QuantizerArguments:
+@dataclass(kw_only=True)
+class QuantizerArguments(SourceArguments):
     """
-    Arguments of `lapa train-quantizer`.
+    Arguments of `lapa train-quantizer`, beside those of `SourceArguments`.
 
     Args:
-        data (`str`): RLDS folder (a version folder of a TFDS data set).
-        split (`str`): Split to read.
-        camera (`str`, *optional*): Camera to read; the folder's first one by default.
-        frame_gap (`int`, *optional*): Frames between the two of a pair; 3 by default.
-        frame_gap_seconds (`float`, *optional*): The same in seconds, instead of `frame_gap`.
-        frequency (`float`, *optional*): Control steps per second, which RLDS does not record.
         quantizer_config (`dict` or `str`, *optional*): `LapaQuantizerConfig` fields that differ from the released sizes:
             a mapping in a recipe, JSON, or a JSON or YAML file.
         model (`str`, *optional*): Quantizer folder to train on, instead of a fresh one.
-        eval_episodes (`int`): Last episodes, held out for evaluation.
+        buffer_size (`int`): Pairs that each loader worker keeps in memory to draw from.
+        pairs_per_episode (`int`, *optional*): Pairs taken of each episode in an epoch, drawn at random; all by default.
+        eval_episodes (`int`): Last episodes of each data set, held out for evaluation.
+        eval_pairs (`int`): Most pairs of theirs that an evaluation takes, spread evenly over them and kept in memory.
     """
 
-    data: str = field(metadata={"help": "RLDS folder."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
-    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair (3 by default)."})
-    frame_gap_seconds: float | None = field(default=None, metadata={"help": "The gap in seconds instead."})
-    frequency: float | None = field(default=None, metadata={"help": "Control steps per second of the data."})
     quantizer_config: dict | str | None = field(
         default=None, metadata={"help": "LapaQuantizerConfig fields: JSON, or a JSON or YAML file."}
     )
     model: str | None = field(default=None, metadata={"help": "Quantizer folder to train on."})
-    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    buffer_size: int = field(default=1024, metadata={"help": "Pairs that a loader worker keeps to draw from."})
+    pairs_per_episode: int | None = field(
+        default=None, metadata={"help": "Pairs taken of each episode in an epoch; all by default."}
+    )
+    eval_episodes: int = field(
+        default=0, metadata={"help": "Last episodes of each data set, held out for evaluation."}
+    )
+    eval_pairs: int = field(default=512, metadata={"help": "Most pairs of them that an evaluation takes."})
+
+    def __post_init__(self) -> None:
+        if self.eval_pairs < 1:
+            raise ValueError(f"`eval_pairs` must be at least 1, got {self.eval_pairs}.")
 
 
 @dataclass
