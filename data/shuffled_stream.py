@@ -19,6 +19,13 @@ ON_ERROR_RULES = ("raise", "skip")
 END = object()
 
 
+class Failure:
+    """Yielded to a loader by a worker that cannot go on: the error, which the main process raises as it is."""
+
+    def __init__(self, error: ValueError) -> None:
+        self.error = error
+
+
 class ShuffledStream(IterableDataset[dict[str, Any]]):
     r"""
     What streams of frame pairs and of labelled steps share.
@@ -109,7 +116,22 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
             self.begin(1)
         self._check_num_workers(num_workers)
         self._cursor_worker = (self._next_worker + worker) % num_workers
-        self._cursor = StreamCursor(
+        try:
+            self._cursor = self._open_cursor(num_workers)
+            yield from self._cursor
+        except ValueError as error:
+            # torch would wrap it into its own kind of message, a traceback.
+            if info is None:
+                raise
+            yield Failure(error)
+            return
+        if self._in_loader:
+            yield END
+        elif alone:
+            self.finish_pass()
+
+    def _open_cursor(self, num_workers: int) -> StreamCursor:
+        return StreamCursor(
             self.parts,
             self.options,
             self.rank * num_workers + self._cursor_worker,
@@ -117,11 +139,6 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
             self._state_of(self._cursor_worker),
             self.epoch,
         )
-        yield from self._cursor
-        if self._in_loader:
-            yield END
-        elif alone:
-            self.finish_pass()
 
     def first(self, count: int) -> list[dict[str, Any]]:
         """The first examples of an epoch, drawn from a smaller buffer; what is being read is not disturbed."""
@@ -261,4 +278,4 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         return totals
 
 
-__all__ = ["END", "ON_ERROR_RULES", "ShuffledStream"]
+__all__ = ["END", "ON_ERROR_RULES", "Failure", "ShuffledStream"]

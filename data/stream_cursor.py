@@ -376,4 +376,12 @@ class StreamCursor:
         return [(reference, items[place]) for place, reference in enumerate(references)]
 
 
-__all__ = ["PartReader", "Reference", "StreamCursor", "StreamOptions", "StreamPart", "restore_skipped"]
+__all__ = [
+    "PartReader",
+    "Reference",
+    "StreamCursor",
+    "StreamOptions",
+    "StreamPart",
+    "restore_skipped",
+    "skipped_state",
+]

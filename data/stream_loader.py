@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from lapa.data.shuffled_stream import END, ShuffledStream
+from lapa.data.shuffled_stream import END, Failure, ShuffledStream
 
 
 class _CollateWithState:
@@ -17,10 +17,17 @@ class _CollateWithState:
 
     def __call__(self, examples: list[Any]) -> tuple[Any, int, str]:
         info = get_worker_info()
+        if examples and isinstance(examples[-1], Failure):
+            return examples[-1], 0, ""
         # In a worker the data set that is being read is its own copy.
         stream: Any = self.stream if info is None else info.dataset
         kept = [example for example in examples if example is not END]
-        batch = None if not kept else kept if self.collate_fn is None else self.collate_fn(kept)
+        try:
+            batch = None if not kept else kept if self.collate_fn is None else self.collate_fn(kept)
+        except ValueError as error:
+            if info is None:
+                raise
+            return Failure(error), 0, ""
         return batch, *stream.worker_state()
 
 
@@ -78,6 +85,8 @@ class StreamLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:
         self.dataset.begin(max(1, self.num_workers), in_loader=True)
         for batch, worker, state in super().__iter__():
+            if isinstance(batch, Failure):
+                raise batch.error
             self.dataset.record(worker, state)
             if batch is not None:
                 yield batch

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from lapa.training.metrics import RunningMeans
+from lapa.training.stream_training import StreamTrainer
 
 
-class MetricsTrainer(Trainer):
+class MetricsTrainer(StreamTrainer):
     """
     Trainer that logs more than the loss, and keeps no outputs in evaluation.
 
