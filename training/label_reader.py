@@ -184,8 +184,10 @@ class UnitReader:
     def _pairs(self) -> Iterator[_Pair]:
         counts = self.counts.pairs
         wanted = range(self.unit.start, self.unit.stop)
-        on_error = self._unreadable if self.options.skip else raise_error
+        num_opened = 0
+        on_error = self._remember if self.options.skip else raise_error
         for _, episode in self.source.source.read(self.unit.shard, wanted, on_error):
+            num_opened += 1
             try:
                 steps = open_pairs(episode, self.source.chosen_camera, self.source.gap, counts)
                 if self.options.needs_instruction and episode.instruction is None:
@@ -194,14 +196,20 @@ class UnitReader:
                     yield from self._episode_pairs(episode, steps)
             except ReadError as error:
                 on_error(error)
-                # It was counted when it was opened.
-                counts.groups -= 1
+                counts.skipped_groups[UNREADABLE] += 1
             self.num_episodes += 1
+        # One error may stand for all episodes behind it.
+        if missing := len(wanted) - num_opened:
+            counts.groups += missing
+            counts.skipped_groups[UNREADABLE] += missing
+            self.num_episodes += missing
+            if not self.counts.skipped:
+                self._remember(ReadError(f"{self.source.name} was asked for {missing} episodes and gave none."))
+                if not self.options.skip:
+                    raise ReadError(next(iter(self.counts.skipped)))
 
-    def _unreadable(self, error: ReadError) -> None:
-        self.counts.pairs.groups += 1
-        self.counts.pairs.skipped_groups[UNREADABLE] += 1
-        if len(self.counts.skipped) < MAX_REASONS:
+    def _remember(self, error: ReadError) -> None:
+        if str(error) in self.counts.skipped or len(self.counts.skipped) < MAX_REASONS:
             self.counts.skipped[str(error)] += 1
 
     def _episode_pairs(self, episode: Episode, steps: NDArray[np.int64]) -> Iterator[_Pair]:

@@ -3,16 +3,25 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
+from lapa.data.atomic_files import atomic_file, remove_stale
+from lapa.data.label_table import LabelFolder
+from lapa.data.labelled_stream import code_file, decode_stored_image
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 from lapa.processing.image_processing_lapa import PIXEL_VALUE_OF_LEVEL, LapaImageProcessor
 
+# OpenCV's way to resize is slow in numpy.
+DECODING_THREADS = 4
 TOKENIZER_PREFIX = "model.vision_tokenizer."
 
 
@@ -104,4 +113,59 @@ def encode_levels(tokenizer: LapaVisionTokenizer, levels: torch.Tensor) -> torch
     return tokenizer.encode(pixels.to(parameter.dtype)).codes.flatten(1)
 
 
-__all__ = ["encode_levels", "hash_vision_tokenizer", "load_vision_tokenizer"]
+def cache_vision_codes(
+    labels: LabelFolder,
+    tokenizer: LapaVisionTokenizer,
+    image_processor: LapaImageProcessor,
+    folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> None:
+    """
+    Computes the vision codes of a folder of labels, file by file, and keeps them on disk; what is there stays.
+
+    Args:
+        labels: With images.
+        tokenizer: The policy's, on the device it should run on.
+        image_processor: The processor's.
+        folder: For the code files; it must be used for nothing but these labels and this tokenizer.
+        rank, world_size: Which of the files this process computes.
+        batch_size: Images encoded at a time.
+        show_progress: Whether a progress bar is shown.
+
+    Raises:
+        ReadError: An image that cannot be decoded.
+    """
+    if folder.is_dir():
+        remove_stale(folder)
+    mine = range(rank, len(labels.files), world_size)
+    missing = [number for number in mine if not code_file(folder, labels.files[number]).exists()]
+    total = sum(labels.rows[number] for number in missing)
+    kind = np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32
+    with (
+        tqdm(total=total, desc="encoding images", unit="image", disable=not show_progress) as bar,
+        ThreadPoolExecutor(DECODING_THREADS) as pool,
+    ):
+        for number in missing:
+            codes = np.zeros((labels.rows[number], tokenizer.config.num_image_tokens), dtype=kind)
+            row = 0
+            for images in _batches(labels, number, batch_size):
+                levels = np.stack(list(pool.map(image_processor.resize_image, images)))
+                codes[row : row + len(images)] = encode_levels(tokenizer, torch.from_numpy(levels)).cpu().numpy()
+                row += len(images)
+                bar.update(len(images))
+            with atomic_file(code_file(folder, labels.files[number])) as partial, partial.open("wb") as file:
+                np.save(file, codes, allow_pickle=False)
+
+
+def _batches(labels: LabelFolder, number: int, batch_size: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """Decoded images of a file."""
+    for table in labels.read_groups(number, range(labels.group_count(number)), ["image"]):
+        for start in range(0, len(table), batch_size):
+            rows = table["image"].slice(start, batch_size).to_pylist()
+            yield [decode_stored_image(row["bytes"], f"an image of {labels.files[number]}") for row in rows]
+
+
+__all__ = ["cache_vision_codes", "encode_levels", "hash_vision_tokenizer", "load_vision_tokenizer"]

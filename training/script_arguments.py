@@ -220,17 +220,20 @@ class PretrainArguments:
     Arguments of `lapa pretrain`.
 
     Args:
-        data (`str`): Folder that `lapa label` wrote, or a published `.jsonl` file (image codes and `delta`).
+        data (`str`): Folder that `lapa label` wrote (local or an fsspec URL), several with commas between them, a `.yaml`
+            file with a list of folders and weights, or a published `.jsonl` file (image codes and `delta`).
         model (`str`, *optional*): Policy folder to train on. Without it a fresh trunk is made from the next three.
         policy_config (`dict` or `str`, *optional*): `LapaConfig` fields that differ from the released sizes.
         vision_tokenizer (`str`, *optional*): Vision tokenizer folder of a fresh policy.
         tokenizer (`str`, *optional*): Sentencepiece file of a fresh policy.
-        cache_vision_codes (`bool`): Whether images are encoded once, before training.
-        eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
+        cache_vision_codes (`bool`): Whether images that have no codes yet are encoded once, before training; the codes are
+            kept below the output folder.
+        eval_episodes (`int`): Last episodes of each folder (rows of a file), held out for evaluation.
+        shuffle_buffer (`int`): Steps of folders that the next one is drawn from, in each loader worker.
         dtype, attn_implementation (`str`, *optional*): How `model` is loaded.
     """
 
-    data: str = field(metadata={"help": "Folder of labels, or a published .jsonl file."})
+    data: str = field(metadata={"help": "Folders of labels (commas, or a .yaml mixture), or a published .jsonl file."})
     model: str | None = field(default=None, metadata={"help": "Policy folder to train on."})
     policy_config: dict | str | None = field(
         default=None, metadata={"help": "LapaConfig fields of a fresh policy: JSON, or a JSON or YAML file."}
@@ -239,6 +242,7 @@ class PretrainArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Sentencepiece file of a fresh policy."})
     cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
     eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    shuffle_buffer: int = field(default=4096, metadata={"help": "Steps that the next one is drawn from."})
     dtype: str | None = field(
         default=None,
         metadata={"help": "Dtype of the loaded model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
