@@ -54,7 +54,7 @@ def chain(tmp_path_factory, bridge):
     # The command line wins over the recipe.
     assert scripts.train_quantizer([*quantizer, "--max_steps", "3", "--num_sample_reconstructions", "1", *CPU]) == 0
     label = ["--model", str(folder / "quantizer"), "--data", bridge, "--output", str(folder / "labels")]
-    assert scripts.label([*label, "--episodes_per_shard", "10", "--device", "cpu"]) == 0
+    assert scripts.label([*label, "--episodes_per_unit", "10", "--device", "cpu"]) == 0
     pretrain = [
         "--data", str(folder / "labels"), "--output_dir", str(folder / "policy"),
         "--policy_config", json.dumps({"text_config": TEXT}), "--vision_tokenizer", str(folder / "vision"),
@@ -82,12 +82,12 @@ def test_quantizer_folder(chain):
 
 def test_labels_cover_every_step_with_a_frame_gap_later(chain):
     table = read_labels(chain / "labels")
-    assert len(list((chain / "labels").glob("labels-*.parquet"))) == 3
+    assert len(list((chain / "labels").glob("data/labels-*.parquet"))) == 3
     # 25 episodes of 10 steps; the last 3 frames of an episode have no partner.
     assert len(table) == 25 * 7
     codes = np.asarray(table["latent_action_codes"][:])
     assert codes.shape == (175, 4) and codes.min() >= 0 and codes.max() < 8
-    assert table[6]["step"] == 6 and table[7]["step"] == 0
+    assert table[6]["step_index"] == 6 and table[7]["step_index"] == 0
     assert np.asarray(table[0]["image"]).shape == (64, 64, 3)
 
 
@@ -295,16 +295,16 @@ def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys
 def test_labels_go_on_and_never_mix(chain, bridge, tmp_path, capsys):
     output = tmp_path / "labels"
     arguments = ["--model", str(chain / "quantizer"), "--data", bridge, "--output", str(output), "--device", "cpu"]
-    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
-    shards = sorted(output.glob("labels-*.parquet"))
+    assert scripts.label([*arguments, "--episodes_per_unit", "10"]) == 0
+    shards = sorted(output.glob("data/labels-*.parquet"))
     contents = [path.read_bytes() for path in shards]
     times = [path.stat().st_mtime_ns for path in shards]
     shards[1].unlink()
-    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
+    assert scripts.label([*arguments, "--episodes_per_unit", "10"]) == 0
     assert [path.read_bytes() for path in shards] == contents
     assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True]
     capsys.readouterr()
-    code = scripts.label([*arguments, "--episodes_per_shard", "10", "--frame_gap", "2"])
+    code = scripts.label([*arguments, "--episodes_per_unit", "10", "--frame_gap", "2"])
     assert "frame_gap" in error_of(capsys, code)
 
 

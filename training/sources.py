@@ -1,6 +1,5 @@
-"""What the training scripts read: episodes of an RLDS folder, published JSONL rows, labels of `lapa label`."""
+"""What the training scripts read: episodes of an RLDS folder, published JSONL rows."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapa.data.jsonl import read_rows
 from lapa.data.rlds import RldsFolder, read_rlds
 from lapa.data.schema import Episode
 
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_FRAME_GAP = 3
 # Written beside a trained quantizer: what `lapa label` takes up where it is told nothing else.
 SETTINGS_FILE = "training_settings.json"
-# The only order of fields in the published data files.
-JSONL_FIELDS = {"latent": "[instruction],[vision],delta", "action": "[instruction],[vision],action"}
 
 
 @dataclass
@@ -197,85 +195,36 @@ def action_steps(source: EpisodeSource) -> StepColumns:
     )
 
 
-class TableImages(Sequence[Any]):
-    """The `image` column of a table of labels, decoded row by row."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, item: Any) -> Any:
-        return self.table[int(item)]["image"]
-
-
-def latent_steps(table: Any) -> StepColumns:
-    """Columns of what `lapa label` wrote."""
-    instructions = table["instruction"][:]
-    rows = np.array([i for i, text in enumerate(instructions) if text is not None and text.strip()], dtype=np.int64)
-    left_out = len(instructions) - len(rows)
-    if not len(rows):
-        raise ValueError("`data` has no labelled step with an instruction.")
-    if left_out:
-        logger.warning("left out %d of %d labelled steps: no instruction", left_out, len(instructions))
-    sources, ids = table["source"][:], table["episode_id"][:]
-    columns = StepColumns(
-        list(instructions),
-        [f"{source}/{name}" for source, name in zip(sources, ids)],
-        images=TableImages(table),
-        latent_action_codes=np.asarray(table["latent_action_codes"][:], dtype=np.int64),
-    )
-    columns = columns._take(rows)
-    columns.num_without_instruction = left_out
-    return columns
-
-
 def jsonl_steps(path: str | Path, target: str) -> StepColumns:
     """
     Rows of a published data file: image codes, whole prompts, and codes (`delta`) or physical actions (`raw_actions`).
 
     Args:
-        path: A `.jsonl` file.
+        path: A file that `lapa.data.jsonl` reads.
         target: `"latent"` or `"action"`.
 
     Raises:
         ValueError: A row that is no such thing, named by line.
     """
-    rows = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(_jsonl_row(json.loads(line), target))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = f"{error} is missing" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path}, line {number}: {reason}.") from error
-    if not rows:
+    instructions, vision, targets = [], [], []
+    for row in read_rows(path, target):
+        if row.vision_codes is None:
+            raise ValueError(f"{path} has a row with an image and without `vision`: training needs the image codes.")
+        instructions.append(row.instruction)
+        vision.append(row.vision_codes)
+        targets.append(row.latent_action_codes if target == "latent" else row.action)
+    if not instructions:
         raise ValueError(f"{path} has no rows.")
-    try:
-        vision = np.array([row["vision"] for row in rows], dtype=np.int64)
-        values = np.array([row["target"] for row in rows])
-    except ValueError as error:
-        raise ValueError(f"{path}: rows have different numbers of image codes or targets.") from error
+    if len({len(codes) for codes in vision}) > 1 or len({len(values) for values in targets if values is not None}) > 1:
+        raise ValueError(f"{path}: rows have different numbers of image codes or targets.")
     return StepColumns(
-        [row["instruction"] for row in rows],
-        [str(number) for number in range(len(rows))],
-        vision_codes=vision,
-        latent_action_codes=values.astype(np.int64) if target == "latent" else None,
-        actions=values.astype(np.float32) if target == "action" else None,
+        instructions,
+        [str(number) for number in range(len(instructions))],
+        vision_codes=np.stack(vision),
+        latent_action_codes=np.stack(targets) if target == "latent" else None,
+        actions=np.stack(targets) if target == "action" else None,
         raw_instruction=True,
     )
-
-
-def _jsonl_row(row: dict[str, Any], target: str) -> dict[str, Any]:
-    fields = row.get("fields", JSONL_FIELDS[target])
-    if fields != JSONL_FIELDS[target]:
-        raise ValueError(f"`fields` must be {JSONL_FIELDS[target]!r}, got {fields!r}")
-    # The published files hold some numbers as strings.
-    values = [int(v) for v in row["delta"]] if target == "latent" else [float(v) for v in row["raw_actions"]]
-    return {"vision": [int(v) for v in row["vision"]], "instruction": str(row["instruction"]), "target": values}
 
 
 __all__ = [
@@ -288,6 +237,5 @@ __all__ = [
     "frame_gap_of",
     "hold_out",
     "jsonl_steps",
-    "latent_steps",
     "load_rlds",
 ]
