@@ -289,7 +289,50 @@ def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys
     tokenizer = str(shared_path("fixtures/tokenizer/tiny.tokenizer.model"))
     fresh = ["--vision_tokenizer", str(chain / "vision"), "--tokenizer", tokenizer, "--policy_config", sizes]
     assert "latent_vocab_size" in error_of(capsys, scripts.pretrain([*arguments, *fresh]))
+    wrong = ["--model", str(chain / "quantizer")]
+    assert "'lapa' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--vision_tokenizer", str(chain / "quantizer"), "--tokenizer", tokenizer]
+    assert "'lapa_vision_tokenizer' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--model", str(chain / "policy"), "--quantizer", str(chain / "policy")]
+    assert "'lapa_quantizer' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--model", str(chain / "policy"), "--data", bridge, "--output_dir", str(tmp_path / "quantizer")]
+    assert "'lapa_quantizer' is needed" in error_of(capsys, scripts.train_quantizer(wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_lineage_is_recorded_checked_and_printed(chain, bridge, tmp_path, capsys):
+    labels = ["--data", str(chain / "labels"), "--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+    labels += ["--cache_vision_codes", "false"]
+    named = ["--model", str(chain / "policy"), "--quantizer", str(chain / "quantizer")]
+    assert scripts.pretrain([*labels, *named, "--output_dir", str(tmp_path / "policy")]) == 0
+    latent = LapaForLatentAction.from_pretrained(tmp_path / "policy").config
+    assert (latent.quantizer_hash, latent.quantizer_name) == (hash_weights(chain / "quantizer"), "quantizer")
+    finetuning = ["--data", bridge, "--num_bins", "16", "--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+    finetuning += ["--cache_vision_codes", "false"]
+    for model, output in (("policy", "robot"), ("robot", "again")):
+        folders = ["--model", str(tmp_path / model), "--output_dir", str(tmp_path / output)]
+        assert scripts.finetune([*finetuning, *folders]) == 0
+        config = LapaForActionPrediction.from_pretrained(tmp_path / output).config
+        # The latent-pretrained model stays on record when a finetuned one is finetuned.
+        assert config.latent_policy_hash == hash_weights(tmp_path / "policy") and config.latent_policy_name == "policy"
+        assert config.quantizer_hash == latent.quantizer_hash
+    card = (export(tmp_path / "again", tmp_path / "hub") / "README.md").read_text()
+    assert f"from the quantizer `quantizer`, whose weights have SHA-256 `{latent.quantizer_hash}`" in card
+    assert f"latent-pretrained model `policy`, whose weights have SHA-256 `{config.latent_policy_hash}`" in card
+    # Another quantizer of the same sizes: its codes mean something else.
+    other = LapaQuantizer.from_pretrained(chain / "quantizer")
+    torch.nn.init.normal_(next(other.parameters()))
+    other.save_pretrained(tmp_path / "other")
+    wrong = ["--model", str(chain / "policy"), "--quantizer", str(tmp_path / "other")]
+    code = scripts.pretrain([*labels, *wrong, "--output_dir", str(tmp_path / "out")])
+    assert "is the quantizer" in error_of(capsys, code)
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**config, "quantizer_hash": "c0ffee"}))
+    learned = ["--model", str(tmp_path / "policy"), "--output_dir", str(tmp_path / "out")]
+    assert "pass `replace_quantizer`" in error_of(capsys, scripts.pretrain([*labels, *learned]))
+    assert scripts.pretrain([*labels, *learned, "--replace_quantizer", "true"]) == 0
+    assert LapaForLatentAction.from_pretrained(tmp_path / "out").config.quantizer_hash == latent.quantizer_hash
+    assert LapaForLatentAction.from_pretrained(tmp_path / "out").config.quantizer_name is None
 
 
 def test_labels_go_on_and_never_mix(chain, bridge, tmp_path, capsys):

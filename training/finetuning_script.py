@@ -89,6 +89,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
+    from lapa.training.lineage import record_latent_policy
 
     check_output(training_args)
     check_evaluation(training_args, script_args.eval_episodes)
@@ -108,6 +109,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     policy = LapaForActionPrediction.from_pretrained(
         script_args.model, **sizes, **quantization, **load_options(model_args.dtype, model_args.attn_implementation)
     )
+    record_latent_policy(policy.config, script_args.model)
     _prepare_actions(script_args, policy.config, processor, train_columns, key)
     cache, augmentation = script_args.cache_vision_codes, None
     if script_args.augmentation:

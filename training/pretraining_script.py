@@ -67,17 +67,21 @@ def _open_labels(script_args: PretrainArguments) -> "list[tuple[LabelFolder, flo
     return labels
 
 
-def _check_labels(config: "LapaConfig", manifest: "LabelManifest") -> None:
-    """Labels must fit the model; the model then records whose codes it predicts."""
+def _check_labels(script_args: PretrainArguments, config: "LapaConfig", manifest: "LabelManifest") -> None:
+    """Labels must fit the model and the quantizer, if one is given; the model then records whose codes it predicts."""
+    from lapa.training.lineage import check_quantizer, model_name, record_quantizer
+
     for ours, theirs in (("latent_vocab_size", "codebook_size"), ("num_latent_tokens", "num_latent_tokens")):
         if getattr(config, ours) != getattr(manifest, theirs):
             raise ValueError(
                 f"the labels come from a quantizer with `{theirs}` {getattr(manifest, theirs)}, but the policy has "
                 f"`{ours}` {getattr(config, ours)}."
             )
-    if config.quantizer_hash not in (None, manifest.quantizer_hash):
-        logger.warning("The policy was trained on another quantizer's codes; those of the labels take over.")
-    config.quantizer_hash = manifest.quantizer_hash
+    record_quantizer(config, manifest.quantizer_hash, replace=script_args.replace_quantizer)
+    if script_args.quantizer is not None:
+        check_checkpoint(script_args.quantizer, "lapa_quantizer", "quantizer")
+        check_quantizer(config, script_args.quantizer)
+        config.quantizer_name = model_name(script_args.quantizer)
 
 
 def _vision_of(
@@ -211,7 +215,11 @@ def run_pretrain(script_args: PretrainArguments, training_args: Any) -> None:
         policy = LapaForLatentAction.from_pretrained(script_args.model, **options)
         processor = LapaProcessor.from_pretrained(script_args.model)
     if manifest is not None:
-        _check_labels(policy.config, manifest)
+        _check_labels(script_args, policy.config, manifest)
+    elif script_args.quantizer is not None:
+        raise ValueError(
+            "`quantizer` is checked against the labels of `lapa label`, and `data` holds no record of any."
+        )
     if columns is None:
         datasets = _label_datasets(labels, script_args, training_args, policy, processor)
     else:

@@ -232,6 +232,9 @@ class PretrainArguments:
             kept below the output folder.
         eval_episodes (`int`): Last episodes of each folder (rows of a file), held out for evaluation.
         shuffle_buffer (`int`): Steps of folders that the next one is drawn from, in each loader worker.
+        quantizer (`str`, *optional*): Quantizer folder that made the labels: checked against them, and named in the
+            policy's record.
+        replace_quantizer (`bool`): Whether a `model` that learned another quantizer's codes may learn these instead.
         dtype, attn_implementation (`str`, *optional*): How `model` is loaded.
     """
 
@@ -245,6 +248,10 @@ class PretrainArguments:
     cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
     eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
     shuffle_buffer: int = field(default=4096, metadata={"help": "Steps that the next one is drawn from."})
+    quantizer: str | None = field(default=None, metadata={"help": "Quantizer of the labels, to check and record it."})
+    replace_quantizer: bool = field(
+        default=False, metadata={"help": "Learn the codes of another quantizer than the model's."}
+    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "Dtype of the loaded model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
