@@ -71,7 +71,7 @@ setup(
     package_data={
         "lapa": ["py.typed"],
         "lapa.evaluation": ["templates/*", "assets/*/*"],
-        "lapa.training": ["recipes/*.yaml"],
+        "lapa.training": ["recipes/*.yaml", "recipes/accelerate/*.yaml"],
         "lapa.hub_cards": ["templates/*"],
     },
     install_requires=CORE,

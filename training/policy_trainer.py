@@ -15,6 +15,7 @@ from lapa.data.labelled_steps import LabelledStepDataset, labelled_parts
 from lapa.modeling_lapa.modeling_lapa import LapaForTokenPrediction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.training.arguments import LapaPolicyTrainingArguments
+from lapa.training.closed_loop import ClosedLoopCallback
 from lapa.training.metrics_trainer import MetricsTrainer
 from lapa.training.safe_checkpoints import SafeCheckpoints
 
@@ -77,7 +78,7 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         args: Training arguments.
         train_dataset, eval_dataset: `LabelledStepDataset`, or anything that gives what its items hold.
         processor: Encodes the examples; saved beside the model.
-        callbacks: Further callbacks.
+        callbacks: Further callbacks, such as `ClosedLoopCallback`.
         kwargs: Further arguments of [`~transformers.Trainer`].
     """
 
@@ -122,6 +123,9 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         if parts := labelled_parts(train_dataset):
             self.add_callback(_StartEpoch(parts))
         self.processor = processor
+        for callback in callbacks or ():
+            if isinstance(callback, ClosedLoopCallback):
+                callback.trainer = self
         # Examples whose gradients are being accumulated, and those of the last finished step.
         self._batch_ids: list[str] = []
         self._finished_ids: list[str] = []
