@@ -4,16 +4,14 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lapa.data.episode_source import EpisodeSource, SkippedEpisodes, read_or_skip
 from lapa.data.schema import ReadError
 from lapa.processing.action_tokenization_lapa import ActionTokenizer, edge_probabilities
-
-if TYPE_CHECKING:
-    from lapa.data.episode_source import EpisodeSource, OnError
 
 # Distinct values of a dimension that are kept as they are.
 MAX_VALUES = 1 << 20
@@ -334,48 +332,75 @@ def episode_actions(action: NDArray[np.float32], episode: str) -> NDArray[np.flo
     return action
 
 
+class SourceStatistics(NamedTuple):
+    """Statistics of a source: of its actions, and of the states of the robot where they are wanted."""
+
+    action: ActionStatistics
+    proprio: ActionStatistics | None = None
+
+    def __add__(self, other: "SourceStatistics") -> "SourceStatistics":  # type: ignore[override]
+        proprio = None if self.proprio is None or other.proprio is None else self.proprio + other.proprio
+        return SourceStatistics(self.action + other.action, proprio)
+
+
 def source_statistics(
-    source: "EpisodeSource",
-    on_error: "OnError",
+    source: EpisodeSource,
+    skipped: SkippedEpisodes | None = None,
     shards: Iterable[int] | None = None,
-    max_values: int = MAX_VALUES,
+    *,
+    camera: str | None = None,
     with_instruction: bool = True,
-) -> ActionStatistics | None:
+    with_proprio: bool = False,
+    max_values: int = MAX_VALUES,
+) -> SourceStatistics | None:
     """
     Statistics of the actions of a source, in one pass that decodes no frame.
 
     Args:
         source: Any.
-        on_error: Called with an episode that cannot be read, or whose actions are no finite numbers.
+        skipped: Counts episodes that cannot be read, and those whose actions are no finite numbers; None raises.
         shards: Which of its shards; all when None. Statistics of parts add up to those of the whole.
-        max_values: See `ActionStatistics`.
+        camera: Only episodes count in which it recorded something; all when None.
         with_instruction: Whether only episodes with an instruction count, which are what a policy is trained on.
+        with_proprio: Whether the state of the robot is counted, too; episodes without then do not count.
+        max_values: See `ActionStatistics`.
 
     Returns:
-        The statistics; None where no episode has actions.
+        The statistics; None where no episode counts.
 
     Raises:
         ValueError: Episodes of different numbers of dimensions.
+        ReadError: What cannot be read, see `skipped`.
     """
-    statistics: ActionStatistics | None = None
+    found: SourceStatistics | None = None
     for shard in range(len(source.shards)) if shards is None else shards:
-        for _, episode in source.read(shard, None, on_error):
-            if episode.action is None or (with_instruction and not episode.instructions):
+        for _, episode in read_or_skip(source, shard, skipped):
+            wanted = [episode.action, episode.proprio] if with_proprio else [episode.action]
+            lacks_words = with_instruction and not episode.instructions
+            if lacks_words or any(v is None for v in wanted) or (camera is not None and camera not in episode.frames):
+                if skipped is not None:
+                    skipped.seen()
                 continue
             name = f"episode {episode.episode_id!r} of {episode.source}"
             try:
-                action = episode_actions(episode.action, name)
+                rows = [episode_actions(values, name) for values in wanted if values is not None]
             except ReadError as error:
-                on_error(error)
+                if skipped is None:
+                    raise
+                skipped(error)
                 continue
-            if statistics is None:
-                statistics = ActionStatistics(action.shape[1], max_values)
-            if action.shape[1] != statistics.action_dim:
-                raise ValueError(
-                    f"{name} has actions of {action.shape[1]} dimensions, those before it have {statistics.action_dim}."
-                )
-            statistics.update(action)
-    return statistics
+            if skipped is not None:
+                skipped.seen()
+            if found is None:
+                found = SourceStatistics(*(ActionStatistics(values.shape[1], max_values) for values in rows))
+            for values, statistics in zip(rows, found):
+                assert statistics is not None
+                if values.shape[1] != statistics.action_dim:
+                    raise ValueError(
+                        f"{name} has {values.shape[1]} numbers per step, those before it have {statistics.action_dim}."
+                    )
+                statistics.update(values)
+    return found
 
 
 __all__ = [
@@ -384,6 +409,7 @@ __all__ = [
     "MAX_VALUES",
     "VALUE_ERROR",
     "ActionStatistics",
+    "SourceStatistics",
     "check_finite",
     "episode_actions",
     "source_statistics",

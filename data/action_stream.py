@@ -278,6 +278,8 @@ class ActionStepStream(ShuffledStream):
     """
 
     option_names: Mapping[str, str] = {"items_per_group": "steps_per_episode"}
+    # Per `unnorm_key`, where whoever made the stream knows it: an evaluation compares with predicting it every time.
+    mean_actions: Mapping[str, NDArray[np.float64]] = {}
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from shared_files import shared_path
 
 from lapa.data import action_stats
 from lapa.data.action_stats import VALUE_ERROR, ActionStatistics, source_statistics
-from lapa.data.episode_source import SkippedEpisodes, raise_error
+from lapa.data.episode_source import SkippedEpisodes
 from lapa.data.open_source import open_source
 from lapa.processing.action_tokenization_lapa import ActionTokenizer
 
@@ -160,23 +160,25 @@ def test_bad_actions():
 def test_of_a_source():
     source = MemorySource("robot", [[4, 3], [0, 6]], action_dim=3)
     with pytest.raises(ValueError, match="record 0: checksum"):
-        source_statistics(source, raise_error)
+        source_statistics(source)
     skipped = SkippedEpisodes(0.5)
-    statistics = source_statistics(source, skipped)
+    statistics = source_statistics(source, skipped).action
     actions = np.concatenate(
         [episode.action for shard in (0, 1) for _, episode in source.read(shard, None, lambda _: None)]
     )
-    assert statistics.num_steps == 13 and skipped.num_skipped == 1
+    assert statistics.num_steps == 13 and (skipped.num_skipped, skipped.num_seen) == (1, 4)
     assert np.array_equal(statistics.quantile([0.5]), np.quantile(actions.astype(np.float64), [0.5], 0))
-    parts = [source_statistics(source, skipped, shards=[shard]) for shard in (0, 1)]
-    assert (parts[0] + parts[1]).to_dict()["quantiles"] == statistics.to_dict()["quantiles"]
-    assert source_statistics(MemorySource("video", [[4]]), raise_error) is None
+    parts = [source_statistics(source, skipped, [shard]) for shard in (0, 1)]
+    assert (parts[0] + parts[1]).action.to_dict()["quantiles"] == statistics.to_dict()["quantiles"]
+    assert source_statistics(MemorySource("video", [[4]])) is None
 
 
 def test_of_the_bridge_shard():
     source = open_source(shared_path("data/bridge_rlds/1.0.0"))
     episodes = [episode for episode in source if episode.instructions]
     actions = np.concatenate([episode.action for episode in episodes])
-    statistics = source_statistics(source, raise_error)
+    statistics = source_statistics(source, with_proprio=True)
+    assert statistics.proprio.action_dim == 7
+    statistics = statistics.action
     assert statistics.num_steps == len(actions) > 100
     assert statistics.tokenizer(32) == ActionTokenizer.fit(actions, 32)

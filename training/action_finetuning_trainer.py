@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from lapa.data.action_stream import ActionStepStream
 from lapa.data.labelled_steps import labelled_parts
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
 from lapa.processing.processing_lapa import LapaProcessor
@@ -208,8 +209,11 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         return metrics
 
     def _train_actions(self, key: str | None) -> ArrayLike | None:
-        """(num_steps, action_dim) actions of the training data with these bins, as far as they are in memory."""
+        """(num_steps, action_dim) actions of the training data with these bins, as far as they are in memory; their mean of a stream."""
         known = self.processor.action_statistics if self.processor is not None else {}
+        if isinstance(self.train_dataset, ActionStepStream):
+            mean = self.train_dataset.mean_actions.get(key or self.unnorm_key or "")
+            return None if mean is None else mean[None]
         parts = [
             np.asarray(part.actions if part.actions.ndim == 2 else part.actions[:, 0])
             for part in labelled_parts(self.train_dataset)
