@@ -329,26 +329,51 @@ def open_tree(folder: str) -> FileTree:
 
 
 def label_schema(settings: LabelSettings) -> "pa.Schema":
-    """Columns of the Parquet files, as a Hugging Face data set with decoded images, with the settings."""
-    from datasets import Features, Image, List, Value
+    """Columns of the Parquet files, with the settings, and described as `datasets` does, which decodes images by that."""
+    import pyarrow as pa
 
-    columns: dict[str, Any] = {
-        "episode_id": Value("string"),
-        "step_index": Value("int64"),
-        "timestamp": Value("float64"),
-        "image": Image(),
-        "next_frame_offset": Value("int64"),
-        "instruction": Value("string"),
-        "latent_action_codes": List(Value("int64")),
+    types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema, features = [], {}
+    for name, kind in _columns(settings):
+        if kind == "Image":
+            arrow, feature = image, {"_type": "Image"}
+        elif kind.startswith("List "):
+            value = kind.removeprefix("List ")
+            arrow = pa.list_(pa.float32() if value == "float32" else pa.int64())
+            feature = {"feature": {"dtype": value, "_type": "Value"}, "_type": "List"}
+        else:
+            arrow, feature = types[kind], {"dtype": kind, "_type": "Value"}
+        schema.append(pa.field(name, arrow))
+        features[name] = feature
+    # Written out, since to import `datasets` takes longer than many a unit.
+    metadata = {
+        "huggingface": json.dumps({"info": {"features": features}}),
+        METADATA_KEY: json.dumps({"version": VERSION, **asdict(settings)}),
     }
+    return pa.schema(schema, metadata=metadata)
+
+
+def _columns(settings: LabelSettings) -> list[tuple[str, str]]:
+    """Names and kinds of the columns, in order."""
+    optional = []
     if settings.vision_tokenizer_hash is not None:
-        columns["vision_codes"] = List(Value("int64"))
+        optional.append(("vision_codes", "List int64"))
     if settings.action:
-        columns["action"] = List(Value("float32"))
-    columns |= {name: Value("string") for name in ("embodiment", "unnorm_key", "source")}
-    schema: pa.Schema = Features(columns).arrow_schema
-    provenance = json.dumps({"version": VERSION, **asdict(settings)})
-    return schema.with_metadata({**schema.metadata, METADATA_KEY: provenance})
+        optional.append(("action", "List float32"))
+    return [
+        ("episode_id", "string"),
+        ("step_index", "int64"),
+        ("timestamp", "float64"),
+        ("image", "Image"),
+        ("next_frame_offset", "int64"),
+        ("instruction", "string"),
+        ("latent_action_codes", "List int64"),
+        *optional,
+        ("embodiment", "string"),
+        ("unnorm_key", "string"),
+        ("source", "string"),
+    ]
 
 
 def read_settings(path: str | Path) -> LabelSettings:
