@@ -165,9 +165,16 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
             self._means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    @staticmethod
-    def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in DESCRIBING_KEYS}
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch, images as their codes."""
+        kept = {name: value for name, value in inputs.items() if name not in DESCRIBING_KEYS}
+        if "pixel_values" in kept:
+            # Here and not in the model's forward, where mixed precision would round the image and the tokenizer's sums:
+            # the codes must be those that the finished policy sees.
+            pixel_values = kept.pop("pixel_values")
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                kept["vision_codes"] = self.policy.model.encode_images(pixel_values)
+        return kept
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
