@@ -92,7 +92,7 @@ def load_adapter(model: Any, folder: str, arguments: dict[str, Any]) -> None:
     inject_adapter_in_model(settings, model, ADAPTER_NAME)
     weights = load_peft_weights(folder, device="cpu", **hub)
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-    outcome = set_peft_model_state_dict(model, weights, ADAPTER_NAME)
+    outcome: Any = set_peft_model_state_dict(model, weights, ADAPTER_NAME)
     missing = [key for key in outcome.missing_keys if "lora_" in key or "trainable_tokens_delta" in key]
     if outcome.unexpected_keys or missing:
         raise ValueError(
