@@ -20,7 +20,8 @@ from lapa.processing.tokenization_lapa import LapaTokenizer
 TRAINING_TEXT = (
     "<s> You are a helpful assistant. USER: What action should the robot take to `{instruction}` ASSISTANT:"
 )
-PROMPT = "<s> {text} <vision>"
+PROMPT_START, PROMPT_END = "<s> ", " <vision>"
+PROMPT = PROMPT_START + TRAINING_TEXT + PROMPT_END
 # The robot's state goes where the instruction ends: the beginning of a prompt is what a long one loses.
 INSTRUCTION_END = " ASSISTANT:"
 STATE_TEXT = " State: {state}."
@@ -305,7 +306,7 @@ class LapaProcessor(RobotStatistics, ProcessorMixin):
 
     def _prompt_ids(self, texts: list[str], target: str, padding: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(batch, sequence) ids and mask: left-padded prompt, image placeholders, end of vision, start of the target."""
-        prompts = [self._text_ids(PROMPT.format(text=text))[-self.max_text_length :] for text in texts]
+        prompts = [self._text_ids(PROMPT_START + text + PROMPT_END)[-self.max_text_length :] for text in texts]
         width = self.max_text_length if padding == "max_length" else max(map(len, prompts))
         image = [self.vision_offset] * self.num_image_tokens + [self.vision_offset + self.end_of_vision_id]
         tail = image + self.prompt_tails[target]
