@@ -60,8 +60,11 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
             setattr(config, name, kwargs.pop(name))
         kwargs["config"] = config
         # An Auto class goes by the base model's config, in which there may be no action rows yet.
-        of_action = adapter.by_auto_class and config.has_action_segment
-        loaded = (LapaForActionPrediction if of_action else cls).from_pretrained(adapter.base, *args, **kwargs)
+        of_action = issubclass(cls, LapaForActionPrediction) or (adapter.by_auto_class and config.has_action_segment)
+        if of_action:
+            loaded, _ = LapaForActionPrediction._load_whole(adapter.base, *args, **kwargs)
+        else:
+            loaded = cls.from_pretrained(adapter.base, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         load_adapter(model, adapter.folder, kwargs)
         return loaded
@@ -293,6 +296,17 @@ class LapaForActionPrediction(LapaForTokenPrediction):
         adapter = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
             return cls._from_adapter(adapter, *args, **kwargs)
+        loaded, grew = cls._load_whole(pretrained_model_name_or_path, *args, **kwargs)
+        if grew:
+            logger.warning(
+                "%s has no action rows: fresh ones were drawn for LapaForActionPrediction. Finetune before use.",
+                pretrained_model_name_or_path,
+            )
+        return loaded
+
+    @classmethod
+    def _load_whole(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """A model without adapters, and whether it got fresh action rows."""
         source, _ = LapaConfig.get_config_dict(
             pretrained_model_name_or_path, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         )
@@ -300,7 +314,7 @@ class LapaForActionPrediction(LapaForTokenPrediction):
             rows, asked = source["action_vocab_size"], kwargs.get("action_vocab_size")
             if asked not in (None, rows):
                 raise ValueError(f"`action_vocab_size` is {rows} in this action checkpoint and cannot become {asked}.")
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs), False
         # The weights are loaded as they are, without action rows, whatever a given config says of them.
         kwargs.pop("has_action_segment", None)
         if getattr(kwargs.get("config"), "has_action_segment", False):
@@ -311,12 +325,7 @@ class LapaForActionPrediction(LapaForTokenPrediction):
         # Both classes hold the same modules; changing the class keeps quantisation, device map and hooks as they are.
         model.__class__ = cls
         model.add_action_segment()
-        logger.warning(
-            "%s has no action rows: %d fresh ones were drawn for LapaForActionPrediction. Finetune before use.",
-            pretrained_model_name_or_path,
-            model.config.action_vocab_size,
-        )
-        return loaded
+        return loaded, True
 
     @torch.no_grad()
     def add_action_segment(self) -> None:
