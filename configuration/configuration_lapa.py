@@ -46,7 +46,10 @@ class LapaConfig(PreTrainedConfig):
         latent_vocab_size (`int`, defaults to 8): Rows of the latent segment, the quantizer's codebook size.
         num_latent_tokens (`int`, defaults to 4): Latent action codes per frame pair.
         action_vocab_size (`int`, defaults to 256): Rows of the action segment, the largest number of bins.
-        action_dim (`int`, defaults to 7): Action tokens per step.
+        action_dim (`int`, defaults to 7): Action tokens per step; the largest of all embodiments where there are several.
+        action_horizon (`int`, defaults to 1): Steps of one prediction, `action_horizon * action_dim` tokens in order of
+            time.
+        use_proprio (`bool`, defaults to `False`): Whether prompts tell the robot's own state, see `LapaProcessor`.
         has_action_segment (`bool`, defaults to `False`): Whether the weights have action rows.
         keep_latent_head (`bool`, defaults to `False`): Whether an action model still learns and decodes latent codes.
         end_of_vision_id (`int`, *optional*): Vision id after an image; None means 8193 where the segment has it and
@@ -57,16 +60,22 @@ class LapaConfig(PreTrainedConfig):
             as in the published code. The converter sets it.
         text_loss_weight (`float`, defaults to 0.01): Share of the text loss in latent pretraining; the latent loss
             has the rest.
+        latent_loss_weight (`float`, defaults to 1.0): What the latent loss is multiplied with before it is added to
+            the action loss, in an action model that keeps its latent head.
         vision_position_embeddings (`bool`, defaults to `False`): Whether learned embeddings of an image token's place in
             its image are added to image tokens. Small trunks learn faster with them; the published models have none.
         embedding_initializer_range (`float`, *optional*): Standard deviation of fresh embeddings; None means
             `text_config.initializer_range`.
         action_num_bins (`list[int]`, *optional*): Number of bins of each action dimension, so that decoding never
-            picks a bin that a dimension lacks.
+            picks a bin that a dimension lacks; 0 at the end for dimensions that are not used.
         prompt_tails (`dict[str, list[int]]`, *optional*): Text ids that end the prompt for `"latent"` and for `"action"`
             (`LapaProcessor.prompt_tails`), by which decoding refuses a prompt that asks for the other target. None
             leaves prompts unchecked.
         quantizer_hash (`str`, *optional*): SHA-256 of the quantizer weights whose codes the model predicts.
+        quantizer_name (`str`, *optional*): Name of that quantizer's folder or repository.
+        latent_policy_hash (`str`, *optional*): SHA-256 of the weights of the latent-pretrained model that an action
+            model was finetuned from.
+        latent_policy_name (`str`, *optional*): Name of that model's folder or repository.
         fresh_segments (`list[str]`, *optional*): Segments that were drawn at random because the converted checkpoint
             lacked them.
     """
@@ -85,17 +94,23 @@ class LapaConfig(PreTrainedConfig):
     num_latent_tokens: int = 4
     action_vocab_size: int = 256
     action_dim: int = 7
+    action_horizon: int = 1
+    use_proprio: bool = False
     has_action_segment: bool = False
     keep_latent_head: bool = False
     end_of_vision_id: int | None = None
     rope_in_model_dtype: bool = False
     residual_in_fp32: bool = False
     text_loss_weight: float = 0.01
+    latent_loss_weight: float = 1.0
     vision_position_embeddings: bool = False
     embedding_initializer_range: float | None = None
     action_num_bins: list[int] | tuple[int, ...] | None = None
     prompt_tails: dict[str, list[int]] | None = None
     quantizer_hash: str | None = None
+    quantizer_name: str | None = None
+    latent_policy_hash: str | None = None
+    latent_policy_name: str | None = None
     fresh_segments: list[str] | tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
 
@@ -160,11 +175,14 @@ class LapaConfig(PreTrainedConfig):
             ("num_latent_tokens", 1),
             ("action_vocab_size", 1),
             ("action_dim", 1),
+            ("action_horizon", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if not 0 <= self.text_loss_weight <= 1:
             raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {self.text_loss_weight}.")
+        if not 0 <= self.latent_loss_weight < float("inf"):
+            raise ValueError(f"`latent_loss_weight` must be at least 0, got {self.latent_loss_weight}.")
         if self.end_of_vision_id is not None and not 1 <= self.end_of_vision_id < self.vision_vocab_size:
             raise ValueError(
                 f"`end_of_vision_id` ({self.end_of_vision_id}) must lie in [1, {self.vision_vocab_size - 1}], "
@@ -172,13 +190,22 @@ class LapaConfig(PreTrainedConfig):
             )
         self._validate_vision_tokenizer()
         self._validate_prompt_tails()
-        if self.action_num_bins is not None and (
+        self._validate_action_num_bins()
+
+    def _validate_action_num_bins(self) -> None:
+        if self.action_num_bins is None:
+            return
+        used = list(self.action_num_bins)
+        while used and used[-1] == 0:
+            used.pop()
+        if (
             len(self.action_num_bins) != self.action_dim
-            or not all(1 <= bins <= self.action_vocab_size for bins in self.action_num_bins)
+            or not used
+            or not all(1 <= bins <= self.action_vocab_size for bins in used)
         ):
             raise ValueError(
                 f"`action_num_bins` must be {self.action_dim} numbers (`action_dim`) in "
-                f"[1, {self.action_vocab_size}] (`action_vocab_size`), got {self.action_num_bins}."
+                f"[1, {self.action_vocab_size}] (`action_vocab_size`), or 0 at the end, got {self.action_num_bins}."
             )
 
     def _validate_prompt_tails(self) -> None:

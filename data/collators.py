@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 SEQUENCE_KEYS = ("input_ids", "labels")
 # Stacked as they are, with the dtype they get in the batch.
 STACKED_KEYS = {"pixel_values": torch.float32, "vision_codes": torch.int64, "action_num_bins": torch.int64}
+# What examples say of themselves: not for the model, and left out of a batch here.
+DESCRIBING_KEYS = ("action", "unnorm_key", "example_id")
 OVERFLOW_RULES = ("error", "drop")
 
 
@@ -62,6 +64,7 @@ class LapaTrainingCollator:
         Args:
             examples: Each with `input_ids` and `labels` (sequence,); all or none with `pixel_values`
                 (3, height, width) float32, `vision_codes` (num_image_tokens,), `action_num_bins` (action_dim,).
+                `action`, `unnorm_key` and `example_id` are left out of the batch.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (batch, width) int64, labels -100 on pads, and the stacked rest.
@@ -72,6 +75,7 @@ class LapaTrainingCollator:
         kept = [example for example in examples if self._fits(example)]
         if not kept:
             raise ValueError(f"no example is left of {len(examples)}: `max_length` is {self.max_length}.")
+        kept = [{k: v for k, v in example.items() if k not in DESCRIBING_KEYS} for example in kept]
         keys = set(kept[0])
         unknown = keys - set(SEQUENCE_KEYS) - set(STACKED_KEYS)
         if unknown or not keys >= set(SEQUENCE_KEYS) or any(set(example) != keys for example in kept):
@@ -116,4 +120,4 @@ class LapaTrainingCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-__all__ = ["LapaTrainingCollator"]
+__all__ = ["DESCRIBING_KEYS", "LapaTrainingCollator"]

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from lapa.processing.processing_lapa import LapaProcessor
 
 
-class EncodedStepDataset(Dataset[dict[str, NDArray[np.int64]]]):
+class EncodedStepDataset(Dataset[dict[str, Any]]):
     r"""
     Training examples of stages 2 and 3 from precomputed codes.
 
@@ -21,7 +21,7 @@ class EncodedStepDataset(Dataset[dict[str, NDArray[np.int64]]]):
         instructions: (num_steps,) sentences.
         vision_codes: (num_steps, num_image_tokens) integers.
         latent_action_codes: (num_steps, num_latent_tokens) integers; exactly one of this and `action_tokens`.
-        action_tokens: (num_steps, action_dim) integers.
+        action_tokens: (num_steps, action_dim) integers, or (num_steps, action_horizon, action_dim).
 
     Raises:
         ValueError: Columns of unequal length, neither or both targets, codes outside their vocabulary.
@@ -39,7 +39,8 @@ class EncodedStepDataset(Dataset[dict[str, NDArray[np.int64]]]):
             raise ValueError("Exactly one of `latent_action_codes` and `action_tokens` must be given.")
         target = "latent_action_codes" if action_tokens is None else "action_tokens"
         self.vision_codes = np.asarray(vision_codes)
-        self.targets = np.asarray(latent_action_codes if action_tokens is None else action_tokens)
+        targets = np.asarray(latent_action_codes if action_tokens is None else action_tokens)
+        self.targets = targets.reshape(len(targets), -1)
         sentences, self.sentence = np.unique(np.asarray(instructions, dtype=object), return_inverse=True)
         latent = target == "latent_action_codes"
         self.target_offset = processor.latent_offset if latent else processor.action_offset
@@ -72,13 +73,13 @@ class EncodedStepDataset(Dataset[dict[str, NDArray[np.int64]]]):
     def __len__(self) -> int:
         return len(self.sentence)
 
-    def __getitem__(self, item: int) -> dict[str, NDArray[np.int64]]:
-        """`input_ids` and `labels` (length,) int64."""
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        """`input_ids` and `labels` (length,) int64, and `example_id`."""
         template = self.templates[self.sentence[item]]
         ids, labels = template["input_ids"].copy(), template["labels"].copy()
         ids[template["vision"]] = self.vision_offset + self.vision_codes[item]
         ids[template["target"]] = labels[template["target"]] = self.target_offset + self.targets[item]
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "example_id": f"example {item}"}
 
 
 __all__ = ["EncodedStepDataset"]

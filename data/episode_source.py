@@ -134,11 +134,11 @@ class SkippedEpisodes:
         """Counts an episode that could be read."""
         self.num_seen += 1
 
-    def __call__(self, error: ReadError) -> None:
-        """Counts one that could not."""
-        self.num_seen += 1
-        self.reasons[str(error)] += 1
-        logger.warning("skipped: %s", error)
+    def __call__(self, error: ReadError, count: int = 1) -> None:
+        """Counts what could not: one episode, or `count` that are lost for the same reason."""
+        self.num_seen += count
+        self.reasons[str(error)] += count
+        logger.warning("skipped%s: %s", "" if count == 1 else f" {count} episodes", error)
         if self.num_seen >= self.min_episodes:
             self.check(error)
 
@@ -152,6 +152,37 @@ class SkippedEpisodes:
             )
 
 
+def read_or_skip(
+    source: EpisodeSource, shard: int, skipped: SkippedEpisodes | None = None
+) -> Iterator[tuple[int, Episode]]:
+    """
+    All episodes of a shard in order.
+
+    Args:
+        source, shard: Which.
+        skipped: Counts each episode that cannot be read, also where one error stands for many; those that are yielded are
+            for the caller to count (`seen`). None raises the first error.
+
+    Yields:
+        Index in the shard, and the episode.
+
+    Raises:
+        ReadError: Without `skipped`; with it where more than its share is skipped.
+    """
+    errors: list[ReadError] = []
+    missing = source.shards[shard].num_episodes
+    for number, episode in source.read(shard, range(missing), raise_error if skipped is None else errors.append):
+        missing -= 1
+        yield number, episode
+    if skipped is None or not missing:
+        return
+    for error in errors[: missing - 1]:
+        skipped(error)
+    name = source.shards[shard].name
+    last = errors[-1] if errors else ReadError(f"{name} lacks episodes that it announces, and no reason is known.")
+    skipped(last, missing - len(errors[: missing - 1]))
+
+
 __all__ = [
     "HUMAN_GAP_SECONDS",
     "ROBOT_GAP_SECONDS",
@@ -160,4 +191,5 @@ __all__ = [
     "SkippedEpisodes",
     "SourceShard",
     "raise_error",
+    "read_or_skip",
 ]

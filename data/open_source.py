@@ -12,6 +12,7 @@ from lapa.data.episode_source import EpisodeSource
 
 if TYPE_CHECKING:
     from lapa.data.mixture import FramePairSource
+    from lapa.data.open_x import OpenXDataset
     from lapa.data.pair_filters import PairFilter
 
 MIXTURE_ENDINGS = (".yaml", ".yml", ".json")
@@ -168,6 +169,9 @@ def open_pair_source(spec: SourceSpec, **options: Any) -> "FramePairSource":
     if camera is not None:
         options.setdefault("cameras", [camera])
     source = open_source(options)
+    if camera is not None and camera not in source.cameras and len(source.cameras) == 1:
+        # It was named by its role.
+        camera = source.cameras[0]
     if len(source.cameras) > 1 and options.get("cameras") is None:
         # The others need not be read.
         source = open_source(options, cameras=[source.cameras[0]])
@@ -186,12 +190,18 @@ def open_mixture(spec: str | Path | Sequence[SourceSpec], **options: Any) -> "tu
       kind: something_something
       frame_gap_seconds: 2.4
       filters: [static, {shot_cut: {max_distance: 0.4}}]
+    - open_x: magic_soup_plus        # a published mixture of Open X-Embodiment
+      path: open_x                   # the folder (or URL) that holds the folders of its data sets
+      allow_missing: true
     ```
 
     Args:
         spec: A YAML or JSON file with a list of sources, or such a list. A source is a path or a mapping of `path`,
-            `kind`, `weight` (1 where it is not said), `camera`, `frame_gap`, `filters` (see `read_filters`) and the
-            options of its kind.
+            `kind`, `weight` (1 where it is not said), `camera` (its name, or `primary`, `secondary` or `wrist` of an Open-X
+            data set), `frame_gap`, `filters` (see `read_filters`) and the options of its kind. With `open_x` it stands for
+            all data sets of a published mixture, which are looked for below `path` by their names, each with its published
+            weight (times `weight`) and with the other options; those that are absent are an error, or with
+            `allow_missing: true` left out and named in the `warnings` of the first source.
         options: Any of these, for all sources that do not say otherwise themselves.
 
     Returns:
@@ -213,12 +223,65 @@ def open_mixture(spec: str | Path | Sequence[SourceSpec], **options: Any) -> "tu
             path = own.get("path")
             if folder and isinstance(path, (str, Path)) and "://" not in str(path):
                 own["path"] = os.path.join(folder, str(path))
-            sources.append(
-                open_pair_source(own, **{name: value for name, value in options.items() if name not in own})
-            )
+            own = {**{name: value for name, value in options.items() if name not in own}, **own}
+            sources += _open_x_sources(own) if "open_x" in own else [open_pair_source(own)]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
     return tuple(sources)
+
+
+def _open_x_sources(entry: Mapping[str, Any]) -> "list[FramePairSource]":
+    """The data sets of a mixture of Open X-Embodiment, from below `path`."""
+    from lapa.data.open_x import open_x_mixture
+
+    options = {
+        name: value for name, value in entry.items() if name not in ("open_x", "path", "allow_missing", "weight")
+    }
+    name, root, allow_missing = entry["open_x"], entry.get("path"), entry.get("allow_missing", False)
+    weight = entry.get("weight", 1.0)
+    if not isinstance(root, (str, Path)):
+        raise ValueError(f"`open_x` needs the `path` that holds the folders of its data sets, got {root!r}.")
+    if not isinstance(allow_missing, bool):
+        raise ValueError(f"`allow_missing` must be true or false, got {allow_missing!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ValueError(f"`weight` must be a number above 0, got {weight!r}.")
+    rows = open_x_mixture(name)
+    folders = [_open_x_folder(str(root), row) for row in rows]
+    missing = [row.name for row, folder in zip(rows, folders) if folder is None]
+    if missing and (not allow_missing or len(missing) == len(rows)):
+        hint = "" if len(missing) == len(rows) else " (`allow_missing: true` leaves them out)"
+        raise ValueError(
+            f"{root} lacks {len(missing)} of the {len(rows)} data sets of {name}{hint}: {', '.join(missing)}."
+        )
+    sources = []
+    for row, folder in zip(rows, folders):
+        if folder is None:
+            continue
+        assert row.weight is not None
+        try:
+            pair = open_pair_source({"path": folder, "kind": "rlds", **options}, weight=row.weight * weight)
+        except ValueError as error:
+            raise ValueError(f"{row.name}: {error}") from error
+        sources.append(pair)
+    if missing:
+        note = f"{len(missing)} data sets of {name} are left out, which {root} lacks: {', '.join(missing)}"
+        sources[0].source.warnings = (*sources[0].source.warnings, note)
+    return sources
+
+
+def _open_x_folder(root: str, row: "OpenXDataset") -> str | None:
+    """Where a data set lies: in the version that the table is of, or else in whichever there is."""
+    from lapa.data.tfds_folder import FEATURES_FILE, newest_version
+
+    for name in (row.name, *row.aliases):
+        folder = f"{root.rstrip('/')}/{name}"
+        for candidate in [f"{folder}/{version}" for version in reversed(row.versions)]:
+            if _exists(f"{candidate}/{FEATURES_FILE}"):
+                return candidate
+        newest = newest_version(folder)
+        if _exists(f"{newest}/{FEATURES_FILE}"):
+            return newest
+    return None
 
 
 def read_filters(spec: Any) -> "tuple[PairFilter, ...]":

@@ -364,6 +364,9 @@ OPEN_X_DATASETS: tuple[OpenXDataset, ...] = (
     ),
 )
 
+# Mixtures of these: OpenVLA's, of whose data sets each has a `weight` here.
+OPEN_X_MIXTURES = ("magic_soup_plus",)
+
 _BY_NAME = {name: row for row in OPEN_X_DATASETS for name in (row.name, *row.aliases)}
 
 
@@ -372,4 +375,16 @@ def open_x_dataset(name: str) -> OpenXDataset | None:
     return _BY_NAME.get(name)
 
 
-__all__ = ["OPEN_X_DATASETS", "OpenXDataset", "open_x_dataset"]
+def open_x_mixture(name: str) -> tuple[OpenXDataset, ...]:
+    """
+    The data sets of a published mixture, each with its `weight`.
+
+    Raises:
+        ValueError: An unknown mixture.
+    """
+    if name not in OPEN_X_MIXTURES:
+        raise ValueError(f"`open_x` must be one of {', '.join(OPEN_X_MIXTURES)}, got {name!r}.")
+    return tuple(row for row in OPEN_X_DATASETS if row.weight is not None)
+
+
+__all__ = ["OPEN_X_DATASETS", "OPEN_X_MIXTURES", "OpenXDataset", "open_x_dataset", "open_x_mixture"]

@@ -15,6 +15,8 @@ from lapa.data.stream_cursor import StreamCursor, StreamOptions, StreamPart, res
 
 STATE_VERSION = 1
 ON_ERROR_RULES = ("raise", "skip")
+# A run that stopped at something unreadable may go on with another rule.
+FREE_OPTIONS = ("on_error", "max_skipped")
 # Yielded to a loader after the last example: it brings the final state along, and goes no further.
 END = object()
 
@@ -146,6 +148,21 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         cursor = StreamCursor(self.parts, options, self.rank, self.world_size)
         return list(islice(cursor, count))
 
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        """
+        Examples spread evenly over the groups, the same on every rank; what is being read is not disturbed.
+
+        Args:
+            count: Most that are wanted, at least 1. No group gives more than its share of it, so that short groups may
+                leave it fewer.
+        """
+        num_groups = sum(sum(part.group_counts) for part in self.parts)
+        limit, share = self.options.items_per_group, -(-count // num_groups)
+        share = share if limit is None else min(share, limit)
+        options = replace(self.options, buffer_size=1, items_per_group=share, repeat=False)
+        cursor = StreamCursor(self.parts, options, 0, 1)
+        return list(islice(cursor, count))
+
     def begin(self, num_workers: int, in_loader: bool = False) -> None:
         """A pass starts: from the state that was loaded, or from the start of the epoch."""
         if not self._loaded:
@@ -233,18 +250,15 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         self.epoch, self._loaded = epoch, True
 
     def description(self) -> dict[str, Any]:
-        """What a state depends on, JSON-serialisable."""
-        options = asdict(self.options)
-        # It may be changed: no order depends on it.
-        del options["max_skipped"]
-        options = {self.option_names.get(name, name): value for name, value in options.items()}
+        """What the stream was made with, JSON-serialisable: a state goes with all of it but `FREE_OPTIONS`."""
+        options = {self.option_names.get(name, name): value for name, value in asdict(self.options).items()}
         return options | {"sources": [part.description() for part in self.parts]}
 
     def _check_description(self, earlier: Mapping[str, Any]) -> None:
         # Through JSON, which makes lists of tuples.
         ours = json.loads(json.dumps(self.description()))
         for name, value in ours.items():
-            if name != "sources" and value != earlier[name]:
+            if name not in ("sources", *FREE_OPTIONS) and value != earlier[name]:
                 raise ValueError(f"`{name}` is {value!r}, the state was made with {earlier[name]!r}.")
         if len(ours["sources"]) != len(earlier["sources"]):
             raise ValueError(

@@ -170,14 +170,40 @@ class PartReader(Generic[Group, Item]):
         if self.group >= len(groups):
             return
         places = {group: place for place, group in enumerate(groups)}
-        for index, group in self.part.open(shard, groups[self.group :], self._on_error):
-            if places[index] != self.group:
-                # Those between could not be opened.
-                self.group, self.item = places[index], 0
+        errors: list[ReadError] = []
+        self._last_error: ReadError | None = None
+        for index, group in self.part.open(shard, groups[self.group :], self._collector(errors)):
+            self._pass_over(places[index], errors)
             yield from self._items(shard, index, group)
             self.group, self.item = self.group + 1, 0
             self._check_gives_items()
+        self._pass_over(len(groups), errors)
         self._check_gives_items()
+
+    def _collector(self, errors: list[ReadError]) -> OnError:
+        """What a source calls for groups that it cannot open: an error may stand for many of them."""
+        return raise_error if self.options.on_error == "raise" else errors.append
+
+    def _pass_over(self, place: int, errors: list[ReadError]) -> None:
+        """Counts the groups between the one at hand and that at `place`, which were asked for and did not come."""
+        if place == self.group:
+            return
+        missing, self.group, self.item = place - self.group, place, 0
+        self.counts.groups += missing
+        if not errors and self._last_error is None:
+            name = self.counts.group_name
+            error = ReadError(
+                f"source {self.part.name!r} was asked for {missing} {name}, and gave none and no reason."
+            )
+            self._collector(errors)(error)
+        for error in errors[: missing - 1]:
+            self._unreadable(error)
+        # What makes many of them unreadable is said once in a shard.
+        missing -= len(errors[: missing - 1])
+        self._last_error = errors[-1] if errors else self._last_error
+        assert self._last_error is not None
+        self._unreadable(self._last_error, missing)
+        errors.clear()
 
     def _check_gives_items(self) -> None:
         empty = self.counts.groups - self._groups_at_item
@@ -195,10 +221,10 @@ class PartReader(Generic[Group, Item]):
         fresh = self.item == 0
         # A group that was begun before is counted already.
         counts = self.counts if fresh else self.part.new_counts()
+        if fresh:
+            self.skipped.seen()
         try:
             items = self.part.items(group, counts)
-            if fresh:
-                self.skipped.seen()
             for chunk in self._item_order(len(items), shard, index):
                 wanted = items[chunk.items[self.item - chunk.start :]]
                 for reference, item in zip(wanted.tolist(), self.part.read(group, wanted) if len(wanted) else ()):
@@ -210,21 +236,15 @@ class PartReader(Generic[Group, Item]):
                     self._groups_at_item = self.counts.groups
                     yield (self.number, self.epoch, shard, index, *reference), item
         except ReadError as error:
+            if self.options.on_error == "raise":
+                raise
+            # It counts itself as seen, which the group was already.
+            self.skipped.num_seen -= 1
             self._unreadable(error)
 
-    def _on_error(self, error: ReadError) -> None:
-        """Called by a source for a group that it cannot open."""
-        self.counts.groups += 1
-        self.skipped.num_seen += 1
-        self._unreadable(error)
-
-    def _unreadable(self, error: ReadError) -> None:
-        if self.options.on_error == "raise":
-            raise_error(error)
-        self.counts.skipped_groups[UNREADABLE] += 1
-        # It was counted as seen when it was opened, and counts itself once more.
-        self.skipped.num_seen -= 1
-        self.skipped(error)
+    def _unreadable(self, error: ReadError, count: int = 1) -> None:
+        self.counts.skipped_groups[UNREADABLE] += count
+        self.skipped(error, count)
 
     def _shards(self) -> list[tuple[int, int]]:
         """This stream's shards in this epoch's order, each with how many groups were dealt before it."""

@@ -19,6 +19,7 @@ from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
+from lapa.data.rlds import RldsSource
 from lapa.evaluation import report as page
 from lapa.evaluation.demo import Progress, versions
 from lapa.evaluation.demo_report import LABELS, write_text
@@ -46,7 +47,6 @@ from lapa.training.label_latent_actions import label_latent_actions
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
 from lapa.training.metrics import action_error, mean_action_error, token_accuracy
 from lapa.training.quantizer_trainer import LapaQuantizerTrainer
-from lapa.training.sources import load_rlds
 
 FRAME_GAP_SECONDS = 0.6  # of the paper, for robot data
 NUM_PICTURES = 8
@@ -96,22 +96,23 @@ class StepTable(FrameTable):
 
 def load_steps(path: Path, camera: str | None, frequency: float, image_size: int) -> tuple[str, list[Any]]:
     """Name of the data set and, per usable episode, its frames, instruction and actions."""
-    source = load_rlds(str(path), camera=camera, frequency=frequency)
+    options: dict[str, Any] = {"split": "train", "frequency": frequency, "action_transform": None}
+    camera = RldsSource(path, **options).cameras[0] if camera is None else camera
+    source = RldsSource(path, cameras=[camera], **options)
     # The policy's own processor, so that training sees what serving will.
     resizer, episodes = LapaImageProcessor(size=image_size), []
-    for episode in source.episodes:
-        if episode.action is None or episode.instruction is None:
+    for episode in source:
+        if episode.action is None or episode.instruction is None or camera not in episode.frames:
             continue
-        frames = [resizer.resize_image(episode.frame(source.camera, step)) for step in range(episode.num_steps)]
+        frames = [resizer.resize_image(episode.frame(camera, step)) for step in range(episode.num_steps)]
         episodes.append((np.stack(frames), episode.instruction, episode.action))
     if len(episodes) < 5:
         raise ValueError(
             f"--data {path} has {len(episodes)} episodes with actions and an instruction, at least 5 are needed."
         )
-    left_out = len(source.episodes) + source.num_without_camera - len(episodes)
-    print(f"{source.name}: {len(episodes)} episodes from camera {source.camera}, {left_out} left out (no instruction, "
-          "no action or a blank camera)")  # fmt: skip
-    return source.name, episodes
+    print(f"{source.folder.name}: {len(episodes)} episodes from camera {camera}, "
+          f"{source.num_episodes - len(episodes)} left out (no instruction, no action or a blank camera)")  # fmt: skip
+    return source.folder.name, episodes
 
 
 def table(episodes: Sequence[Any]) -> StepTable:

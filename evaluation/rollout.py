@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from lapa.evaluation.environments.tabletop import TabletopEnvironment
 from lapa.evaluation.environments.tabletop_expert import TabletopExpert
-from lapa.serving.policy import Policy
+from lapa.serving.policy import ChunkPlayer, Policy
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,31 @@ def policy_controller(policy: Policy) -> Controller:
         return policy.act(images, [observation["instruction"] for observation in observations])
 
     return act
+
+
+class ChunkController:
+    """A policy that plays chunks of actions, see [`ChunkPlayer`]; every episode starts with a new one.
+
+    Args:
+        player: Remembers what is left of each environment's chunk.
+    """
+
+    def __init__(self, player: ChunkPlayer) -> None:
+        self.player = player
+        # The task object tells the episodes of an environment apart; it is kept, so that its identity stays its own.
+        self._tasks: dict[int, Any] = {}
+
+    def __call__(
+        self, environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]
+    ) -> np.ndarray:
+        """See [`Controller`]."""
+        robots = [id(environment) for environment in environments]
+        for robot, environment in zip(robots, environments):
+            if self._tasks.get(robot) is not environment.task:
+                self._tasks[robot] = environment.task
+                self.player.reset([robot])
+        images = [observation["image"] for observation in observations]
+        return self.player.act(images, [observation["instruction"] for observation in observations], robots=robots)
 
 
 def do_nothing(environments: Sequence[TabletopEnvironment], observations: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -177,6 +177,7 @@ def render_card(
         has_processor=has_processor,
         unnorm_keys=unnorm_keys,
         key_argument=key_argument,
+        action_shape=_action_shape(model_config),
         decode_argument=(key_argument if len(unnorm_keys) > 1 else "") if unnorm_keys else ", decode=False",
         download=f"hf download {name} --local-dir {data.model_name}\n" if options.repo_id else "",
         script=f"{data.model_name}/finetune.py",
@@ -341,6 +342,13 @@ def _policy_sizes(config: LapaConfig) -> list[tuple[str, str]]:
     if config.has_action_segment:
         rows.append(("action", f"{config.action_dim} dimensions, up to {config.action_vocab_size} bins each"))
     return rows
+
+
+def _action_shape(config: PreTrainedConfig) -> str:
+    """Shape of an action as the snippets show it: `7`, of a chunk `2, 7`."""
+    if not isinstance(config, LapaConfig):
+        return ""
+    return f"{config.action_horizon}, {config.action_dim}" if config.action_horizon > 1 else str(config.action_dim)
 
 
 def _environment() -> Any:

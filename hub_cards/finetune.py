@@ -22,7 +22,8 @@
 `--data` is a LeRobot data set (v2.1 or v3.0: a folder with `meta/info.json`) or a JSONL file with one step per line:
 `{"image": "frames/0.jpg", "instruction": "pick up the cup", "raw_actions": [0.01, ..., 1.0]}`, where `vision` may hold
 the image's codes in place of `image`. Action bins are fitted from the data: equal-frequency per dimension, two bins for
-a dimension that takes two values, such as a gripper.
+a dimension that takes two values, such as a gripper. The policy predicts one step at a time from image and instruction;
+`lapa finetune` also trains chunks and reads the robot's state.
 
 It runs on one device: the first GPU, or the CPU. The result loads like this folder: `pipeline("robot-action", model="my-policy", trust_remote_code=True)`.
 """
@@ -279,6 +280,7 @@ def find_model(name: str) -> Path:
 def fit_bins(processor: Any, actions: np.ndarray, unnorm_key: str, num_bins: int | None) -> Any:
     """Makes the fitted bins the processor's only ones, and returns them."""
     processor.action_dim, processor.target, processor.action_statistics = actions.shape[1], "action", {}
+    processor.action_horizon, processor.use_proprio = 1, False
     bins = processor.fit_actions(actions, unnorm_key, num_bins=num_bins, gripper_dimension=None)
     rows = list(bins.edges)
     for dimension in range(actions.shape[1]):
@@ -408,13 +410,21 @@ def train(model: Any, examples: Examples, args: argparse.Namespace, scratch: Pat
 def write_metadata(source: Path, folder: Path, model: Any, processor: Any, merged: bool) -> None:
     """Configs, tokenizer and remote code of the result: those of the source, with what has changed."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    names = ("action_dim", "action_vocab_size", "action_num_bins", "has_action_segment")
+    names = (
+        "action_dim",
+        "action_vocab_size",
+        "action_num_bins",
+        "has_action_segment",
+        "action_horizon",
+        "use_proprio",
+    )
     config |= {name: getattr(model.config, name) for name in names}
     config["architectures"] = [POLICY_CLASS]
     for auto_class in set(config["auto_map"]) - {"AutoConfig"}:
         config["auto_map"][auto_class] = f"modeling_lapa.{POLICY_CLASS}"
     settings = json.loads((source / "processor_config.json").read_text(encoding="utf-8"))
-    settings |= {name: getattr(processor, name) for name in ("action_dim", "target", "action_statistics")}
+    for name in ("action_dim", "target", "action_statistics", "action_horizon", "use_proprio"):
+        settings[name] = getattr(processor, name)
     for name, content in (("config.json", config), ("processor_config.json", settings)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copied = [*source.glob("*.py"), *source.glob("tokenizer*"), *source.glob("generation_config.json")]
@@ -464,7 +474,12 @@ def _finetune(args: argparse.Namespace, source: Path, data: Demonstrations, stag
     model_class: Any = get_class_from_dynamic_module(f"modeling_lapa.{POLICY_CLASS}", str(source))
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
     model = model_class.from_pretrained(
-        source, action_dim=data.actions.shape[1], action_num_bins=None, dtype=args.dtype
+        source,
+        action_dim=data.actions.shape[1],
+        action_num_bins=None,
+        action_horizon=1,
+        use_proprio=False,
+        dtype=args.dtype,
     )
     if torch.cuda.is_available() and not args.cpu:
         model.to("cuda")

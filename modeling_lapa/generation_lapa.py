@@ -28,21 +28,56 @@ class ActionBinsLogitsProcessor(LogitsProcessor):
     """Leaves each action dimension only the bins that it has.
 
     Args:
-        num_bins: (rows, action_dim) int64; row r serves the rows of the batch that descend from it (beams, samples).
+        num_bins: (rows, num_tokens) int64, see `bins_of_tokens`; row r serves the rows of the batch that descend from it
+            (beams, samples). A row that is complete has 0 and decodes bin 0 until the longest one is.
         offset: Id of bin 0.
         prompt_length: Number of ids before the first action token.
     """
 
     def __init__(self, num_bins: torch.Tensor, offset: int, prompt_length: int):
-        self.num_bins, self.offset, self.prompt_length = num_bins, offset, prompt_length
+        self.num_bins, self.offset, self.prompt_length = num_bins.clamp(min=1), offset, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` (batch, vocab_size) with the missing bins of the next dimension at minus infinity."""
-        dimension = input_ids.shape[1] - self.prompt_length
-        limit = self.num_bins.to(scores.device)[:, dimension]
+        """`scores` (batch, vocab_size) with the missing bins of the next token at minus infinity."""
+        token = input_ids.shape[1] - self.prompt_length
+        limit = self.num_bins.to(scores.device)[:, token]
         limit = limit.repeat_interleave(len(scores) // len(limit)).unsqueeze(1)
         bins = torch.arange(scores.shape[1], device=scores.device) - self.offset
         return scores.masked_fill(bins >= limit, float("-inf"))
+
+
+def bins_of_tokens(num_bins: torch.Tensor, action_horizon: int) -> torch.Tensor:
+    """Bins of every token of a chunk.
+
+    Args:
+        num_bins: (rows, action_dim) int64 bins of each dimension, 0 for the last ones where a row has fewer.
+        action_horizon: Steps of a chunk.
+
+    Returns:
+        (rows, action_horizon * action_dim) int64: the steps of a row stand directly behind each other, zeros behind them.
+    """
+    rows = []
+    for bins in num_bins.tolist():
+        own = [count for count in bins if count > 0] * action_horizon
+        rows.append(own + [0] * (action_horizon * len(bins) - len(own)))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def chunks_of_tokens(tokens: torch.Tensor, num_bins: torch.Tensor, action_horizon: int) -> torch.Tensor:
+    """Tokens of chunks by step and dimension.
+
+    Args:
+        tokens: (rows, action_horizon * action_dim) as decoded, the steps of a row directly behind each other.
+        num_bins: (rows, action_dim), see `bins_of_tokens`.
+        action_horizon: Steps of a chunk.
+
+    Returns:
+        (rows, action_horizon, action_dim), -1 for dimensions that a row lacks.
+    """
+    chunks = tokens.new_full((len(tokens), action_horizon, num_bins.shape[1]), -1)
+    for row, dim in enumerate((num_bins > 0).sum(1).tolist()):
+        chunks[row, :, :dim] = tokens[row, : action_horizon * dim].view(action_horizon, dim)
+    return chunks
 
 
 class LapaGenerationMixin(GenerationMixin):

@@ -14,7 +14,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from lapa.configuration.configuration_lapa import LapaConfig
-from lapa.modeling_lapa.generation_lapa import ActionBinsLogitsProcessor, LapaGenerationMixin, SegmentLogitsProcessor
+from lapa.modeling_lapa.generation_lapa import (
+    ActionBinsLogitsProcessor,
+    LapaGenerationMixin,
+    SegmentLogitsProcessor,
+    bins_of_tokens,
+    chunks_of_tokens,
+)
 from lapa.modeling_lapa.modeling_lapa_trunk import LapaModel, LapaPreTrainedModel, LapaRMSNorm, LapaRotaryEmbedding
 from lapa.modeling_lapa.modeling_outputs_lapa import LapaCausalLMOutput, LapaPrediction
 
@@ -51,6 +57,7 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         vision_codes: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         action_num_bins: torch.Tensor | None = None,
+        target_segment: str | None = None,
         **kwargs: Any,
     ) -> LapaCausalLMOutput:
         """Score the next token at every position; with `labels`, also the loss.
@@ -59,6 +66,7 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
             labels: (batch, length) int64 aligned with `input_ids`, -100 where there is no loss.
             logits_to_keep: How many of the last positions get logits; 0 means all.
             action_num_bins: Accepted so that a processor's output can be passed on; used in decoding only.
+            target_segment: With `labels`, return `segment_logits` of the labels in this segment instead of `logits`.
 
         The other arguments are those of [`LapaModel`].
         """
@@ -76,7 +84,9 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         hidden_states = outputs.last_hidden_state
         losses = {} if labels is None else self._losses(hidden_states, labels)
         logits = None
-        if labels is None or not self.training:
+        if target_segment is not None:
+            losses["segment_logits"] = self._target_logits(target_segment, hidden_states, labels)
+        elif labels is None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return LapaCausalLMOutput(
             logits=logits,
@@ -120,10 +130,19 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         counts = torch.bincount(rows, minlength=len(labels))
         return torch.sum(losses / counts[rows]) / len(labels), (logits.argmax(-1) == targets).float().mean()
 
+    def _target_logits(self, segment: str, hidden_states: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        if labels is None:
+            raise ValueError("`target_segment` needs `labels`, got None.")
+        start, end = self.config.segment(segment)
+        targets = labels[:, 1:]
+        chosen = (targets >= start) & (targets < end)
+        return self._segment_logits(hidden_states[:, :-1][chosen], start, end).float()
+
     def _segment_logits(self, hidden_states: torch.Tensor, start: int, end: int) -> torch.Tensor:
         if type(self.lm_head) is nn.Linear:
             return F.linear(hidden_states, self.lm_head.weight[start:end])
-        return self.lm_head(hidden_states)[..., start:end]  # an adapter or a quantised layer: its rows are its own
+        # An adapter, a quantised or a sharded layer: its rows are its own.
+        return self.lm_head(hidden_states)[..., start:end]
 
     def predict_latent_action(self, return_scores: bool = False, **inputs: Any) -> torch.Tensor | LapaPrediction:
         """Decode the latent action codes that follow a prompt ending in `<delta>`.
@@ -171,7 +190,8 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
             logits = logits[output.beam_indices[:, :num_tokens], steps]
         if num_bins is not None:
             limit = num_bins.to(logits.device).repeat_interleave(len(logits) // len(num_bins), dim=0)
-            missing = torch.arange(end - start, device=logits.device) >= limit.unsqueeze(-1)
+            # Of the filler behind a shorter row nothing is masked but all other bins, as in decoding.
+            missing = torch.arange(end - start, device=logits.device) >= limit.clamp(min=1).unsqueeze(-1)
             logits = logits.masked_fill(missing, float("-inf"))
         return tokens, logits.log_softmax(-1)
 
@@ -314,26 +334,48 @@ class LapaForActionPrediction(LapaForTokenPrediction):
         Args:
             return_scores: Return a [`LapaPrediction`] with log-probabilities instead of the tokens alone.
             action_num_bins: (batch, action_dim) int64, bins that each dimension has; the processor returns it. When
-                None, `config.action_num_bins` applies if set.
+                None, `config.action_num_bins` applies if set. An embodiment with fewer dimensions than the model has
+                0 in the last ones.
             inputs: What the processor returns, and any argument of `generate`: greedy unless `do_sample=True`.
 
         Returns:
-            (batch, action_dim) int64 bin indices in [0, action_vocab_size).
+            (batch, action_dim) int64 bin indices in [0, action_vocab_size), with an `action_horizon` above 1
+            (batch, action_horizon, action_dim). Dimensions that no row has are left out; -1 where a row lacks one.
         """
+        horizon = self.config.action_horizon
         if action_num_bins is None and self.config.action_num_bins is not None:
             action_num_bins = torch.tensor([list(self.config.action_num_bins)])
         self._check_num_bins(action_num_bins)
-        tokens, scores = self._decode_segment("action", self.config.action_dim, action_num_bins, inputs)
+        if action_num_bins is None:
+            tokens, scores = self._decode_segment("action", horizon * self.config.action_dim, None, inputs)
+            tokens = tokens.view(len(tokens), horizon, -1)
+        else:
+            action_num_bins = action_num_bins[:, : int((action_num_bins > 0).sum(1).max())]
+            of_tokens = bins_of_tokens(action_num_bins, horizon)
+            tokens, scores = self._decode_segment("action", of_tokens.shape[1], of_tokens, inputs)
+            repeats = len(tokens) // len(action_num_bins)
+            num_bins = action_num_bins.to(tokens.device).repeat_interleave(repeats, dim=0)
+            tokens = chunks_of_tokens(tokens, num_bins, horizon)
+        tokens = tokens.squeeze(1) if horizon == 1 else tokens
         return LapaPrediction(action_tokens=tokens, scores=scores) if return_scores else tokens
 
     def _check_num_bins(self, num_bins: torch.Tensor | None) -> None:
         dim, limit = self.config.action_dim, self.config.action_vocab_size
         if num_bins is None:
             return
-        if num_bins.ndim != 2 or num_bins.shape[1] != dim or num_bins.min() < 1 or num_bins.max() > limit:
+        # Missing dimensions are the last ones of a row, and no row lacks all.
+        if (
+            num_bins.ndim != 2
+            or num_bins.shape[1] != dim
+            or num_bins[:, 0].min() < 1
+            or num_bins.min() < 0
+            or num_bins.max() > limit
+            or ((num_bins[:, :-1] == 0) & (num_bins[:, 1:] > 0)).any()
+        ):
             raise ValueError(
-                f"`action_num_bins` must be (batch, {dim}) integers in [1, {limit}], got shape "
-                f"{tuple(num_bins.shape)} with values from {num_bins.min().item()} to {num_bins.max().item()}."
+                f"`action_num_bins` must be (batch, {dim}) integers in [1, {limit}], 0 at the end of a row for "
+                f"dimensions that it lacks, got shape {tuple(num_bins.shape)} with values from "
+                f"{num_bins.min().item()} to {num_bins.max().item()}."
             )
 
     def _losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -341,7 +383,7 @@ class LapaForActionPrediction(LapaForTokenPrediction):
         losses = {"loss": loss, "action_loss": loss.detach(), "action_accuracy": accuracy}
         if self.config.keep_latent_head:
             latent_loss, latent_accuracy = self._segment_loss("latent", hidden_states, labels)
-            losses |= {"loss": loss + latent_loss}
+            losses |= {"loss": loss + self.config.latent_loss_weight * latent_loss}
             losses |= {"latent_loss": latent_loss.detach(), "latent_accuracy": latent_accuracy}
         return losses
 

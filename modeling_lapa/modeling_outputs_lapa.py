@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class LapaCausalLMOutput(CausalLMOutputWithPast):
-    """
+    r"""
     Output of [`LapaForLatentAction`] and [`LapaForActionPrediction`].
 
     Args:
@@ -19,6 +19,8 @@ class LapaCausalLMOutput(CausalLMOutputWithPast):
         latent_loss, action_loss, text_loss (`torch.FloatTensor`, scalar, with `labels`): Cross entropy of each
             segment, normalised inside it: the mean over rows of each row's mean.
         latent_accuracy, action_accuracy (`torch.FloatTensor`, scalar, with `labels`): Share of right tokens.
+        segment_logits (`torch.FloatTensor` of shape `(num_targets, segment_size)`, with `target_segment`): fp32 scores of
+            the labels in that segment, in the order of rows and positions.
     """
 
     latent_loss: torch.Tensor | None = None
@@ -26,6 +28,7 @@ class LapaCausalLMOutput(CausalLMOutputWithPast):
     text_loss: torch.Tensor | None = None
     latent_accuracy: torch.Tensor | None = None
     action_accuracy: torch.Tensor | None = None
+    segment_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -37,6 +40,7 @@ class LapaPrediction(ModelOutput):
         latent_action_codes (`torch.LongTensor` of shape `(batch, num_latent_tokens)`): In [0, latent_vocab_size); from
             `predict_latent_action`.
         action_tokens (`torch.LongTensor` of shape `(batch, action_dim)`): Bin indices; from `predict_action_tokens`.
+            `(batch, action_horizon, action_dim)` where the model predicts chunks.
         scores (`torch.FloatTensor` of shape `(batch, num_tokens, segment_size)`): Log-probabilities inside the
             segment, before temperature; minus infinity for bins that a dimension lacks.
     """

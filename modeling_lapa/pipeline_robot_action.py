@@ -16,6 +16,7 @@ from transformers.pipelines.base import Pipeline
 TARGET_OF_CLASS = {"LapaForLatentAction": "latent", "LapaForActionPrediction": "action"}
 PROCESSOR_PARAMETERS = ("unnorm_key", "target", "padding", "do_center_crop", "center_crop_scale")
 INPUT_KEYS = ("image", "instruction")
+OPTIONAL_INPUT_KEYS = ("proprio",)
 DECODING_PARAMETERS = ("decode", "return_log_probs")
 # The number of tokens follows from the model, and the scores are those of one sequence per input.
 FIXED_GENERATION_PARAMETERS = {
@@ -32,17 +33,19 @@ class RobotAction(TypedDict, total=False):
 
     Args:
         type: `"action"`, or `"action_tokens"` with `decode=False`, when `action` and `unnorm_key` are absent.
-        action: (action_dim,) float32, physical units of the data named by `unnorm_key`.
-        action_tokens: `action_dim` bin indices.
-        scores: Probability of each of the tokens.
+        action: (action_dim,) float32, physical units of the data named by `unnorm_key`; (action_horizon, action_dim)
+            from a policy that predicts chunks.
+        action_tokens: `action_dim` bin indices; a list of them per step of a chunk.
+        scores: Probability of each of the tokens, nested as they are.
         unnorm_key: Whose bins decoded the action.
-        log_probs: (action_dim, action_vocab_size) float32, with `return_log_probs=True`.
+        log_probs: (action_dim, action_vocab_size) float32, with `return_log_probs=True`; the steps of a chunk stand
+            behind each other.
     """
 
     type: Literal["action", "action_tokens"]
     action: NDArray[np.float32]
-    action_tokens: list[int]
-    scores: list[float]
+    action_tokens: list[int] | list[list[int]]
+    scores: list[float] | list[list[float]]
     unnorm_key: str
     log_probs: NDArray[np.float32]
 
@@ -78,6 +81,7 @@ class RobotActionPipeline(Pipeline):
     >>> policy([{"image": ..., "instruction": ...}, ...], batch_size=8)  # a list gives a list, a generator an iterator
     ```
 
+    An input of a policy that reads the robot's state (`use_proprio`) also has `"proprio"`, a vector in physical units.
     A policy returns a `RobotAction`, a latent-pretrained model a `LatentAction`; only the former has a key `action`.
 
     Parameters, of the pipeline or of one call:
@@ -172,9 +176,10 @@ class RobotActionPipeline(Pipeline):
                 f'an input must be {{"image": ..., "instruction": ...}} (or an image with `instruction=`), got '
                 f"{type(inputs).__name__}."
             )
-        unknown = [str(key) for key in inputs if key not in INPUT_KEYS]
+        unknown = [str(key) for key in inputs if key not in (*INPUT_KEYS, *OPTIONAL_INPUT_KEYS)]
         if unknown:
-            raise ValueError(f"`{unknown[0]}` is unknown in an input; accepted: {', '.join(INPUT_KEYS)}.")
+            accepted = ", ".join((*INPUT_KEYS, *OPTIONAL_INPUT_KEYS))
+            raise ValueError(f"`{unknown[0]}` is unknown in an input; accepted: {accepted}.")
         missing = [key for key in INPUT_KEYS if inputs.get(key) is None]
         if missing:
             raise ValueError(f"`{missing[0]}` is missing from an input with the keys {list(map(str, inputs))}.")
@@ -190,6 +195,7 @@ class RobotActionPipeline(Pipeline):
             instruction=inputs["instruction"],
             target=target,
             unnorm_key=unnorm_key,
+            proprio=inputs.get("proprio"),
             return_tensors="pt",
             **processor_kwargs,
         )
@@ -213,7 +219,7 @@ class RobotActionPipeline(Pipeline):
         return_log_probs: bool = False,
         **generation: Any,
     ) -> dict[str, torch.Tensor]:
-        """Tokens (batch, num_tokens), their probabilities, and on request log-probabilities of the whole segment."""
+        """Tokens (batch, [steps,] num_tokens), probabilities so, and on request log-probabilities of the whole segment."""
         if (target or self.model_target) == "latent":
             prediction = self.model.predict_latent_action(**model_inputs, return_scores=True, **generation)
             tokens = prediction.latent_action_codes
@@ -222,8 +228,8 @@ class RobotActionPipeline(Pipeline):
                 raise ValueError('`target` is "action", but this is a latent model: it has no action head.')
             prediction = self.model.predict_action_tokens(**model_inputs, return_scores=True, **generation)
             tokens = prediction.action_tokens
-        chosen = prediction.scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        outputs = {"tokens": tokens, "probabilities": chosen.exp()}
+        chosen = prediction.scores.gather(-1, tokens.flatten(1).unsqueeze(-1)).squeeze(-1)
+        outputs = {"tokens": tokens, "probabilities": chosen.exp().view(tokens.shape)}
         return {**outputs, "log_probs": prediction.scores} if return_log_probs else outputs
 
     def postprocess(

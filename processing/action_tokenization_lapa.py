@@ -33,13 +33,17 @@ def _as_finite_actions(actions: ArrayLike, action_dim: int | None = None) -> NDA
     return values
 
 
-def _quantile_edges(values: NDArray[np.float64], num_bins: int) -> tuple[float, ...]:
-    """Edges of `pandas.qcut(values, num_bins, duplicates="drop")`; a constant gets the edge twice, which is one bin."""
+def edge_probabilities(num_bins: int) -> NDArray[np.float64]:
+    """(num_bins + 1,) probabilities whose quantiles are the edges of `pandas.qcut(values, num_bins)`."""
     quantiles = np.linspace(0, 1, num_bins + 1)
     # pandas rounds a quantile up where num_bins does not divide it exactly in binary.
     inexact = num_bins * quantiles != np.arange(num_bins + 1)
-    quantiles = np.where(inexact, np.nextafter(quantiles, 1), quantiles)
-    edges = np.unique(np.quantile(values, quantiles))
+    return np.where(inexact, np.nextafter(quantiles, 1), quantiles)
+
+
+def _distinct_edges(quantiles: NDArray[np.float64]) -> tuple[float, ...]:
+    """Edges as of `pandas.qcut(duplicates="drop")`; a constant gets the edge twice, which is one bin."""
+    edges = np.unique(quantiles)
     return tuple(edges.tolist()) if len(edges) > 1 else (float(edges[0]), float(edges[0]))
 
 
@@ -116,18 +120,42 @@ class ActionTokenizer:
             raise ValueError(f"`actions` must have shape (num_steps, action_dim), got {values.shape}.")
         if not isinstance(num_bins, int) or num_bins < 1:
             raise ValueError(f"`num_bins` must be a whole number of at least 1, got {num_bins!r}.")
-        gripper = _gripper_index(gripper_dimension, values.shape[1])
-        rows = [
-            GRIPPER_EDGES if dimension == gripper else _quantile_edges(values[:, dimension], num_bins)
-            for dimension in range(values.shape[1])
-        ]
-        if gripper is not None and not ((values[:, gripper] >= 0) & (values[:, gripper] <= 1)).all():
+        quantiles = np.quantile(values, edge_probabilities(num_bins), axis=0)
+        return cls.from_quantiles(quantiles, values.min(0), values.max(0), gripper_dimension)
+
+    @classmethod
+    def from_quantiles(
+        cls,
+        quantiles: NDArray[np.float64],
+        minimum: NDArray[np.float64],
+        maximum: NDArray[np.float64],
+        gripper_dimension: str | int | None = "last",
+    ) -> "ActionTokenizer":
+        """
+        Bins from quantiles that were computed elsewhere; `fit` of the actions where they are theirs.
+
+        Args:
+            quantiles: (num_bins + 1, action_dim) float64, at `edge_probabilities(num_bins)`.
+            minimum, maximum: (action_dim,) of the actions.
+            gripper_dimension: As in `fit`.
+
+        Raises:
+            ValueError: A gripper outside [0, 1].
+        """
+        action_dim = quantiles.shape[1]
+        gripper = _gripper_index(gripper_dimension, action_dim)
+        if gripper is not None and not (minimum[gripper] >= 0 and maximum[gripper] <= 1):
             raise ValueError(
                 f"`actions` of the gripper (dimension {gripper}) must lie in [0, 1], they span "
-                f"[{values[:, gripper].min()}, {values[:, gripper].max()}]; rescale them, or pass "
+                f"[{minimum[gripper]}, {maximum[gripper]}]; rescale them, or pass "
                 "`gripper_dimension=None` to bin this dimension like the others."
             )
-        return cls(tuple(rows))
+        return cls(
+            tuple(
+                GRIPPER_EDGES if dimension == gripper else _distinct_edges(quantiles[:, dimension])
+                for dimension in range(action_dim)
+            )
+        )
 
     def encode(self, actions: ArrayLike) -> NDArray[np.int64]:
         """
@@ -239,4 +267,4 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-__all__ = ["ActionTokenizer"]
+__all__ = ["ActionTokenizer", "edge_probabilities"]

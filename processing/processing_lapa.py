@@ -13,13 +13,17 @@ from transformers.processing_utils import ProcessorMixin
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.processing.action_tokenization_lapa import ActionTokenizer
 from lapa.processing.image_processing_lapa import LapaImageProcessor, split_batch
+from lapa.processing.proprio_lapa import ProprioTokenizer
 from lapa.processing.tokenization_lapa import LapaTokenizer
 
 # Prompt of the published models. The doubled `<s>` and the backticks are theirs.
 TRAINING_TEXT = (
     "<s> You are a helpful assistant. USER: What action should the robot take to `{instruction}` ASSISTANT:"
 )
-PROMPT = "<s> " + TRAINING_TEXT + " <vision>"
+PROMPT = "<s> {text} <vision>"
+# The robot's state goes where the instruction ends: the beginning of a prompt is what a long one loses.
+INSTRUCTION_END = " ASSISTANT:"
+STATE_TEXT = " State: {state}."
 TARGETS = {"latent": "<delta>", "action": "<action>"}
 LAYOUT_FIELDS = ("instruction", "vision", "latent", "action", "bos", "eos")
 IGNORED_LABEL = -100
@@ -64,13 +68,17 @@ class LapaProcessor(ProcessorMixin):
         tokenizer (`LapaTokenizer`): Text tokenizer.
         text_vocab_size, vision_vocab_size, latent_vocab_size, action_vocab_size (`int`): Sizes of the segments.
         num_latent_tokens (`int`, defaults to 4): Latent action codes per prediction.
-        action_dim (`int`, defaults to 7): Action tokens per step.
+        action_dim (`int`, defaults to 7): Action tokens per step; the most that any of the statistics has.
+        action_horizon (`int`, defaults to 1): Steps of one prediction.
+        use_proprio (`bool`, defaults to `False`): Whether every prompt tells the robot's state, as text.
         end_of_vision_id (`int`, defaults to 8193): Vision id after an image; the id before it ends one frame of several.
         num_image_tokens (`int`, defaults to 256): Vision codes per image.
         max_text_length (`int`, defaults to 128): Ids of the prompt before the image; longer ones lose their beginning.
         target (`str`, defaults to `"latent"`): What the prompt asks for where a call does not say, `"latent"` or
             `"action"`. A folder's processor asks for what its model was trained to predict.
-        action_statistics (`dict`, *optional*): `{unnorm_key: {"edges": [[...], ...]}}`, see `ActionTokenizer`.
+        action_statistics (`dict`, *optional*): `{unnorm_key: {"edges": [[...], ...]}}`, see `ActionTokenizer`. Keys may
+            have different numbers of dimensions.
+        proprio_statistics (`dict`, *optional*): `{unnorm_key: {"low": [...], "high": [...]}}`, see `ProprioTokenizer`.
     """
 
     def __init__(
@@ -88,6 +96,9 @@ class LapaProcessor(ProcessorMixin):
         max_text_length: int = 128,
         target: str = "latent",
         action_statistics: dict[str, dict[str, Any]] | None = None,
+        action_horizon: int = 1,
+        use_proprio: bool = False,
+        proprio_statistics: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer)  # type: ignore[no-untyped-call]
         if len(tokenizer) > text_vocab_size:
@@ -105,7 +116,11 @@ class LapaProcessor(ProcessorMixin):
         self.latent_vocab_size = latent_vocab_size
         self.num_latent_tokens = num_latent_tokens
         self.action_vocab_size = action_vocab_size
+        if action_horizon < 1:
+            raise ValueError(f"`action_horizon` must be at least 1, got {action_horizon}.")
         self.action_dim = action_dim
+        self.action_horizon = action_horizon
+        self.use_proprio = use_proprio
         self.end_of_vision_id = end_of_vision_id
         self.num_image_tokens = num_image_tokens
         self.max_text_length = max_text_length
@@ -113,6 +128,9 @@ class LapaProcessor(ProcessorMixin):
         self.action_statistics: dict[str, dict[str, Any]] = {}
         for key, statistics in (action_statistics or {}).items():
             self.set_action_statistics(key, ActionTokenizer.from_dict(statistics))
+        self.proprio_statistics: dict[str, dict[str, Any]] = {}
+        for key, statistics in (proprio_statistics or {}).items():
+            self.set_proprio_statistics(key, ProprioTokenizer.from_dict(statistics))
 
     @classmethod
     def from_config(
@@ -144,6 +162,8 @@ class LapaProcessor(ProcessorMixin):
             num_latent_tokens=config.num_latent_tokens,
             action_vocab_size=config.action_vocab_size,
             action_dim=config.action_dim,
+            action_horizon=config.action_horizon,
+            use_proprio=config.use_proprio,
             end_of_vision_id=config.end_of_vision_id,
             **overrides,
         )
@@ -185,9 +205,10 @@ class LapaProcessor(ProcessorMixin):
         instruction: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
         target: str | None = None,
-        unnorm_key: str | None = None,
+        unnorm_key: str | Sequence[str] | None = None,
         padding: str = "max_length",
         vision_codes: Any = None,
+        proprio: Any = None,
         **image_kwargs: Any,
     ) -> BatchFeature:
         """
@@ -199,17 +220,21 @@ class LapaProcessor(ProcessorMixin):
             return_tensors: `"pt"` or `"np"`.
             target: What the prompt asks for: `"latent"` for `predict_latent_action`, `"action"` for
                 `predict_action_tokens`; the processor's own when None.
-            unnorm_key: Whose bins the action will be decoded with.
+            unnorm_key: Whose bins the action will be decoded with, and whose range tells `proprio`; one for all, or a
+                list with one per row.
             padding: `"max_length"` pads the text to `max_text_length` (published), `"longest"` to the longest of the
                 batch. Both on the left.
             vision_codes: (batch, num_image_tokens) or (num_image_tokens,) codes of the vision tokenizer, instead of
                 `images`.
+            proprio: (batch, proprio_dim) or (proprio_dim,) state of the robots in physical units, where the model takes
+                it (`use_proprio`). With several embodiments a list of vectors.
             image_kwargs: Per-call arguments of the image processor, such as `do_center_crop`.
 
         Returns:
             BatchFeature with `input_ids` (batch, sequence) int64, `attention_mask` (batch, sequence) int64 and
             `pixel_values` (batch, 3, height, width) float32 in [-1, 1] or `vision_codes` (batch, num_image_tokens)
-            int64. For actions whose bins are known also `action_num_bins` (batch, action_dim) int64.
+            int64. For actions whose bins are known also `action_num_bins` (batch, action_dim) int64, 0 for dimensions
+            that an embodiment lacks.
 
         Raises:
             ValueError: An argument that does not fit, named with what is accepted.
@@ -222,13 +247,47 @@ class LapaProcessor(ProcessorMixin):
         (batch,) = {len(values) for values in vision.values()}
         if batch != len(texts):
             raise ValueError(f"`images` ({batch}) and `instruction` ({len(texts)}) must be equally many.")
-        input_ids, attention_mask = self._prompt_ids(texts, target, padding)
+        keys = self._unnorm_keys(unnorm_key, batch)
+        prompts = [self._text(text, state, key) for text, state, key in zip(texts, self._states(proprio, batch), keys)]
+        input_ids, attention_mask = self._prompt_ids(prompts, target, padding)
         data = {"input_ids": input_ids, "attention_mask": attention_mask, **vision}
         if unnorm_key is not None or (target == "action" and len(self.action_statistics) == 1):
-            num_bins = self.action_tokenizer(unnorm_key).num_bins
+            num_bins = [self.action_tokenizer(key).num_bins for key in keys]
             if target == "action":
-                data["action_num_bins"] = np.tile(np.asarray(num_bins, dtype=np.int64), (batch, 1))
+                rows = [[*bins, *[0] * (self.action_dim - len(bins))] for bins in num_bins]
+                data["action_num_bins"] = np.asarray(rows, dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _unnorm_keys(self, unnorm_key: str | Sequence[str] | None, batch: int) -> list[str | None]:
+        """One key per row."""
+        if unnorm_key is None or isinstance(unnorm_key, str):
+            return [unnorm_key] * batch
+        if len(unnorm_key) != batch:
+            raise ValueError(f"`unnorm_key` ({len(unnorm_key)}) must be one key, or one for each of {batch} rows.")
+        return list(unnorm_key)
+
+    def _states(self, proprio: Any, batch: int) -> list[Any]:
+        """One state per row, None where the prompt tells none."""
+        if proprio is None:
+            return [None] * batch
+        if isinstance(proprio, torch.Tensor):
+            proprio = proprio.detach().cpu().numpy()
+        states = [proprio] if np.ndim(proprio[0]) == 0 else list(proprio)
+        if len(states) != batch:
+            raise ValueError(f"`proprio` ({len(states)}) must have one state for each of {batch} rows.")
+        return states
+
+    def _text(self, instruction: str, proprio: Any, unnorm_key: str | None) -> str:
+        """Text of a prompt up to the image."""
+        text = TRAINING_TEXT.format(instruction=instruction)
+        if not self.use_proprio:
+            if proprio is not None:
+                raise ValueError("`proprio` is given, but this model takes none (`use_proprio` is False).")
+            return text
+        if proprio is None:
+            raise ValueError("`proprio` must be given: this model reads the robot's state (`use_proprio` is True).")
+        state = self.proprio_tokenizer(unnorm_key).encode(proprio)
+        return text.removesuffix(INSTRUCTION_END) + STATE_TEXT.format(state=state) + INSTRUCTION_END
 
     def _vision_inputs(self, images: Any, vision_codes: Any, image_kwargs: dict[str, Any]) -> dict[str, NDArray[Any]]:
         if (images is None) == (vision_codes is None):
@@ -246,7 +305,7 @@ class LapaProcessor(ProcessorMixin):
 
     def _prompt_ids(self, texts: list[str], target: str, padding: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(batch, sequence) ids and mask: left-padded prompt, image placeholders, end of vision, start of the target."""
-        prompts = [self._text_ids(PROMPT.format(instruction=text))[-self.max_text_length :] for text in texts]
+        prompts = [self._text_ids(PROMPT.format(text=text))[-self.max_text_length :] for text in texts]
         width = self.max_text_length if padding == "max_length" else max(map(len, prompts))
         image = [self.vision_offset] * self.num_image_tokens + [self.vision_offset + self.end_of_vision_id]
         tail = image + self.prompt_tails[target]
@@ -274,6 +333,9 @@ class LapaProcessor(ProcessorMixin):
         raw_instruction: bool = False,
         layout: Sequence[str] | None = None,
         max_num_frames: int | None = None,
+        proprio: ArrayLike | None = None,
+        unnorm_key: str | None = None,
+        num_valid_steps: int | None = None,
     ) -> dict[str, list[int]]:
         """
         One training example in the published layout: bos, instruction, image, latent codes and/or action bins, eos.
@@ -283,12 +345,17 @@ class LapaProcessor(ProcessorMixin):
             vision_codes: (num_image_tokens,) or (num_frames, num_image_tokens) or that, flat. None puts placeholders of
                 one image, which the model fills in from `pixel_values`.
             latent_action_codes: (num_latent_tokens,) codes of the quantizer.
-            action_tokens: (action_dim,) bins, or several steps of them.
+            action_tokens: (action_dim,) bins, or (action_horizon, action_dim) of them. With an `unnorm_key`, as many
+                dimensions as its statistics have.
             raw_instruction: Whether `instruction` is the whole text, prompt included, as in published data files.
             layout: Fields in order, out of `instruction`, `vision`, `latent`, `action`, `bos`, `eos`; a field in
                 square brackets carries no loss. None means `[instruction]`, `[vision]`, then `latent` and `action`
                 as far as they are given. The outer bos and eos always stand.
             max_num_frames: Most frames to keep, evenly spaced; None keeps all.
+            proprio: (proprio_dim,) state of the robot in physical units, where the model takes it (`use_proprio`).
+            unnorm_key: Whose action dimensions and proprio range count; None is allowed where there is at most one.
+            num_valid_steps: Steps of `action_tokens` that carry a loss; the later ones, beyond the end of an episode,
+                do not. All when None.
 
         Returns:
             `input_ids` in the one id space and `labels`, aligned with them (the model shifts), -100 where no loss is.
@@ -300,7 +367,9 @@ class LapaProcessor(ProcessorMixin):
             layout = ["[instruction]", "[vision]"]
             layout += ["latent"] * (latent_action_codes is not None) + ["action"] * (action_tokens is not None)
         text = _instructions(instruction)[0] if isinstance(instruction, str) else _instructions([instruction])[0]
-        text = text if raw_instruction else TRAINING_TEXT.format(instruction=text)
+        if raw_instruction and (self.use_proprio or proprio is not None):
+            raise ValueError("`raw_instruction` is a whole prompt, into which no `proprio` can be written.")
+        text = text if raw_instruction else self._text(text, proprio, unnorm_key)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         input_ids, labels = [bos], [IGNORED_LABEL]
         for entry in layout:
@@ -312,7 +381,11 @@ class LapaProcessor(ProcessorMixin):
             elif field == "latent":
                 ids = self._latent_ids(latent_action_codes)
             elif field == "action":
-                ids = self._action_ids(action_tokens)
+                ids = self._action_ids(action_tokens, unnorm_key)
+                if num_valid_steps is not None and not silent:
+                    input_ids += ids
+                    labels += self._labels_of_valid_steps(ids, num_valid_steps)
+                    continue
             elif field in ("bos", "eos"):
                 ids = [bos if field == "bos" else eos]
             else:
@@ -351,15 +424,26 @@ class LapaProcessor(ProcessorMixin):
             )
         return [*self._text_ids("<delta>"), *(self.latent_offset + c for c in codes), *self._text_ids("</delta>")]
 
-    def _action_ids(self, action_tokens: Any) -> list[int]:
+    def _action_ids(self, action_tokens: Any, unnorm_key: str | None) -> list[int]:
         if action_tokens is None:
             raise ValueError("`action_tokens` must be given for the layout field 'action', got None.")
         bins = _codes("action_tokens", action_tokens, self.action_vocab_size)
-        if len(bins) % self.action_dim:
+        action_dim = self.action_dim if unnorm_key is None else self.action_tokenizer(unnorm_key).action_dim
+        # Published data files may hold several steps although the model decodes one.
+        steps = self.action_horizon if self.action_horizon > 1 else len(bins) // action_dim
+        if len(bins) != steps * action_dim or not bins:
             raise ValueError(
-                f"`action_tokens` must hold a multiple of {self.action_dim} bins (`action_dim`), got {len(bins)}."
+                f"`action_tokens` must hold {'a multiple of ' if self.action_horizon == 1 else f'{steps} steps of '}"
+                f"{action_dim} bins (`action_dim`), got {len(bins)}."
             )
         return [*self._text_ids("<action>"), *(self.action_offset + b for b in bins), *self._text_ids("</action>")]
+
+    def _labels_of_valid_steps(self, ids: list[int], num_valid_steps: int) -> list[int]:
+        places = [place for place, token in enumerate(ids) if token >= self.action_offset]
+        if not 1 <= num_valid_steps <= self.action_horizon:
+            raise ValueError(f"`num_valid_steps` must lie in [1, {self.action_horizon}], got {num_valid_steps}.")
+        silent = set(places[len(places) // self.action_horizon * num_valid_steps :])
+        return [IGNORED_LABEL if place in silent else token for place, token in enumerate(ids)]
 
     def action_tokenizer(self, unnorm_key: str | None = None) -> ActionTokenizer:
         """
@@ -385,11 +469,11 @@ class LapaProcessor(ProcessorMixin):
         Adds or replaces the bins of a key.
 
         Raises:
-            ValueError: Another `action_dim`, more bins than `action_vocab_size`, or an empty key.
+            ValueError: More dimensions than `action_dim`, more bins than `action_vocab_size`, or an empty key.
         """
         if not isinstance(unnorm_key, str) or not unnorm_key:
             raise ValueError(f"`unnorm_key` must be a non-empty string, got {unnorm_key!r}.")
-        if statistics.action_dim != self.action_dim:
+        if statistics.action_dim > self.action_dim:
             raise ValueError(
                 f"statistics of {unnorm_key!r} have {statistics.action_dim} dimensions, `action_dim` is {self.action_dim}."
             )
@@ -427,6 +511,35 @@ class LapaProcessor(ProcessorMixin):
         self.set_action_statistics(unnorm_key, statistics)
         return statistics
 
+    def proprio_tokenizer(self, unnorm_key: str | None = None) -> ProprioTokenizer:
+        """
+        Range of one set of proprio statistics.
+
+        Args:
+            unnorm_key: Which; None is allowed where there is exactly one.
+
+        Raises:
+            ValueError: An unknown key, or None where there are none or several; the known ones are listed.
+        """
+        known = ", ".join(repr(key) for key in sorted(self.proprio_statistics)) or "none"
+        if unnorm_key is None and len(self.proprio_statistics) == 1:
+            (unnorm_key,) = self.proprio_statistics
+        if unnorm_key not in self.proprio_statistics:
+            raise ValueError(f"`unnorm_key` {unnorm_key!r} has no proprio statistics; known keys: {known}.")
+        return ProprioTokenizer.from_dict(self.proprio_statistics[unnorm_key])
+
+    def set_proprio_statistics(self, unnorm_key: str, statistics: ProprioTokenizer) -> None:
+        """Adds or replaces the proprio range of a key."""
+        if not isinstance(unnorm_key, str) or not unnorm_key:
+            raise ValueError(f"`unnorm_key` must be a non-empty string, got {unnorm_key!r}.")
+        self.proprio_statistics = {**self.proprio_statistics, unnorm_key: statistics.to_dict()}
+
+    def fit_proprio(self, proprio: ArrayLike, unnorm_key: str) -> ProprioTokenizer:
+        """Fits the range of states (num_steps, proprio_dim) in physical units and adds it under a key."""
+        statistics = ProprioTokenizer.fit(proprio)
+        self.set_proprio_statistics(unnorm_key, statistics)
+        return statistics
+
     def encode_actions(self, actions: Any, unnorm_key: str | None = None) -> Any:
         """(..., action_dim) physical units -> int64 bins, as a tensor where a tensor is given, else as an array."""
         if isinstance(actions, torch.Tensor):
@@ -438,18 +551,24 @@ class LapaProcessor(ProcessorMixin):
         Bins to actions.
 
         Args:
-            tokens: (batch, action_dim) bins, an integer tensor or array.
+            tokens: (batch, action_dim) bins, or (batch, action_horizon, action_dim), an integer tensor or array. Further
+                dimensions, which another embodiment of the batch has, must be -1.
             unnorm_key: Which statistics; None is allowed where there is exactly one.
 
         Returns:
-            (batch, action_dim) float32 in physical units, a tensor where a tensor is given, else an array.
+            (..., action_dim) float32 in physical units, with the dimensions that the key has; a tensor where a tensor is
+            given, else an array.
 
         Raises:
             ValueError: An unknown key (the known ones are listed), or a bin that its dimension lacks.
         """
+        tokenizer = self.action_tokenizer(unnorm_key)
         if isinstance(tokens, torch.Tensor):
-            return torch.from_numpy(self.action_tokenizer(unnorm_key).decode(tokens.detach().cpu().numpy()))
-        return self.action_tokenizer(unnorm_key).decode(tokens)
+            return torch.from_numpy(self.decode_actions(tokens.detach().cpu().numpy(), unnorm_key))
+        bins = np.asarray(tokens)
+        if bins.ndim and (bins[..., tokenizer.action_dim :] == -1).all():
+            bins = bins[..., : tokenizer.action_dim]
+        return tokenizer.decode(bins)
 
 
 __all__ = ["LapaProcessor"]

@@ -1,6 +1,7 @@
 """One interface for whatever chooses actions from images and instructions."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +14,15 @@ from lapa.processing.processing_lapa import LapaProcessor
 class Policy(Protocol):
     """Chooses an action for each of a batch of robots."""
 
-    def act(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
+    def act(
+        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
         """Actions (batch, action_dim) float32 in physical units.
 
         Args:
             images: One (height, width, 3) uint8 image per robot.
             instructions: One sentence per robot.
+            proprio: One state (proprio_dim,) per robot, in physical units, for a policy that reads it.
         """
 
 
@@ -48,17 +52,109 @@ class LapaPolicy:
         model = LapaForActionPrediction.from_pretrained(folder)
         return cls(model, LapaProcessor.from_pretrained(folder), unnorm_key, **generation)
 
+    @property
+    def action_horizon(self) -> int:
+        """Steps that one prediction holds."""
+        return self.model.config.action_horizon
+
     @torch.inference_mode()
-    def act(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
-        """See [`Policy`]."""
+    def act_chunk(
+        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """All steps of a prediction, (batch, action_horizon, action_dim) float32; arguments as in [`Policy`]."""
         inputs = self.processor(
             images=list(images),
             instruction=list(instructions),
             target="action",
             unnorm_key=self.unnorm_key,
             padding="longest",
+            proprio=proprio,
             return_tensors="pt",
         ).to(self.model.device)
         tokens = self.model.predict_action_tokens(**inputs, **self.generation)
         actions = self.processor.decode_actions(tokens.cpu().numpy(), unnorm_key=self.unnorm_key)
-        return np.asarray(actions, dtype=np.float32)
+        return np.asarray(actions, dtype=np.float32).reshape(len(actions), self.action_horizon, -1)
+
+    def act(
+        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """See [`Policy`]; the first step of every prediction."""
+        return self.act_chunk(images, instructions, proprio)[:, 0]
+
+
+class ChunkPlayer:
+    """Plays the chunks of a policy: predicts for the robots that have nothing left to do, and lets the others go on.
+
+    Args:
+        policy: Predicts chunks.
+        replan_every: Steps that are played of a chunk before the next prediction, 1 to `action_horizon`; all of them
+            (open loop) when None. 1 looks at the newest image at every step.
+        gripper_patience: Steps in a row that must ask for the other state of the gripper before it changes; 1 follows at
+            once. Predictions that flicker between open and closed then leave it as it is.
+        gripper_dimension: Index of the gripper among the dimensions. Its bins are its states.
+    """
+
+    def __init__(
+        self,
+        policy: LapaPolicy,
+        replan_every: int | None = None,
+        gripper_patience: int = 1,
+        gripper_dimension: int = -1,
+    ) -> None:
+        horizon = policy.action_horizon
+        if replan_every is not None and not 1 <= replan_every <= horizon:
+            raise ValueError(f"`replan_every` must lie in [1, {horizon}] (`action_horizon`), got {replan_every}.")
+        if gripper_patience < 1:
+            raise ValueError(f"`gripper_patience` must be at least 1, got {gripper_patience}.")
+        self.policy = policy
+        self.replan_every = horizon if replan_every is None else replan_every
+        self.gripper_patience, self.gripper_dimension = gripper_patience, gripper_dimension
+        self._queues: dict[Hashable, deque[np.ndarray]] = {}
+        self._grippers: dict[Hashable, tuple[float, int]] = {}
+
+    def reset(self, robots: Sequence[Hashable] | None = None) -> None:
+        """Forgets what is left of the chunks of these robots, at the start of an episode; of all when None."""
+        for name in list(self._queues) if robots is None else robots:
+            self._queues.pop(name, None)
+            self._grippers.pop(name, None)
+
+    def act(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
+        robots: Sequence[Hashable] | None = None,
+    ) -> np.ndarray:
+        """Actions (batch, action_dim), see [`Policy`].
+
+        Args:
+            images, instructions, proprio: See [`Policy`].
+            robots: A name for each robot, by which its chunk is remembered; its place in the batch when None.
+        """
+        names: list[Hashable] = list(range(len(images))) if robots is None else list(robots)
+        idle = [row for row, name in enumerate(names) if not self._queues.get(name)]
+        if idle:
+            chunks = self.policy.act_chunk(
+                [images[row] for row in idle],
+                [instructions[row] for row in idle],
+                None if proprio is None else [proprio[row] for row in idle],
+            )
+            for row, chunk in zip(idle, chunks):
+                self._queues[names[row]] = deque(chunk[: self.replan_every])
+        actions = np.stack([self._queues[name].popleft() for name in names])
+        if self.gripper_patience > 1:
+            for name, action in zip(names, actions):
+                action[self.gripper_dimension] = self._hold(name, float(action[self.gripper_dimension]))
+        return actions
+
+    def _hold(self, name: Hashable, asked: float) -> float:
+        """The gripper's value: the one it has until another was asked for `gripper_patience` times in a row."""
+        held, changes = self._grippers.get(name, (asked, 0))
+        changes = 0 if asked == held else changes + 1
+        if changes >= self.gripper_patience:
+            held, changes = asked, 0
+        self._grippers[name] = (held, changes)
+        return held
+
+
+__all__ = ["ChunkPlayer", "LapaPolicy", "Policy"]

@@ -270,8 +270,6 @@ def test_a_resumed_pretraining_ends_where_an_uninterrupted_one_does(place, tmp_p
     data = f"{place / 'labels'},{place / 'others'}"
     more = ["--save_steps", "3", "--seed", "5"]
     assert pretrain(place, tmp_path / "whole", data, *more, "--max_steps", "6") == 0
-    assert pretrain(place, tmp_path / "parts", data, *more, "--max_steps", "3", "--lr_scheduler_type", "constant") == 0
-    # The schedule of the whole run.
     assert pretrain(place, tmp_path / "again", data, *more, "--max_steps", "6", "--resume_from_checkpoint",
                     str(tmp_path / "whole" / "checkpoint-3")) == 0  # fmt: skip
     assert all(

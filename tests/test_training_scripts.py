@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from shared_files import shared_path
+from tfds_files import record_positions, shard_file
 from tiny_models import TINY_QUANTIZER, TINY_VISION_TOKENIZER
 
 from lapa import (
@@ -19,7 +20,9 @@ from lapa import (
     LapaVisionTokenizer,
     LapaVisionTokenizerConfig,
 )
+from lapa.data.open_source import open_source
 from lapa.hub_cards.export import export
+from lapa.processing.action_tokenization_lapa import ActionTokenizer
 from lapa.training import scripts
 from lapa.training.label_latent_actions import hash_weights, read_labels
 
@@ -78,6 +81,10 @@ def test_quantizer_folder(chain):
     assert {"eval_loss", "eval_perplexity", "eval_codes_used"} <= set(metrics)
     settings = json.loads((chain / "quantizer" / "training_settings.json").read_text())
     assert settings["frame_gap"] == 3 and settings["camera"] == "image_0"
+    (described,) = settings["mixture"]["sources"]
+    assert described["name"] == "bridge_dataset/train" and described["filters"] == []
+    report = json.loads((chain / "quantizer" / "data_report.json").read_text())
+    assert set(report["sources"]["bridge_dataset/train"]["gap_frames"]) == {"3"} and report["total"]["pairs"] > 12
 
 
 def test_labels_cover_every_step_with_a_frame_gap_later(chain):
@@ -94,12 +101,11 @@ def test_labels_cover_every_step_with_a_frame_gap_later(chain):
 def test_labels_are_the_quantizers_codes(chain, bridge):
     from lapa.data.frame_pairs import FramePairDataset
     from lapa.training.label_latent_actions import label_latent_actions
-    from lapa.training.sources import load_rlds
 
-    source = load_rlds(bridge)
-    pairs = FramePairDataset([source.episodes[1].frames["image_0"]], 3, 32)
+    episode = list(open_source(bridge))[1]
+    pairs = FramePairDataset([episode.frames["image_0"]], 3, 32)
     codes = label_latent_actions(LapaQuantizer.from_pretrained(chain / "quantizer"), pairs, show_progress=False)
-    rows = [row for row in read_labels(chain / "labels") if row["episode_id"] == source.episodes[1].episode_id]
+    rows = [row for row in read_labels(chain / "labels") if row["episode_id"] == episode.episode_id]
     assert [row["latent_action_codes"] for row in rows] == codes.tolist()
 
 
@@ -112,7 +118,13 @@ def test_pretrained_policy_records_its_quantizer(chain):
     assert {"eval_loss", "eval_latent_loss", "eval_text_loss", "eval_latent_accuracy"} <= set(metrics)
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+STREAMED = ["--cache_vision_codes", "false", "--dataloader_num_workers", "2"]
+CHUNKS = ["--action_horizon", "3", "--past_end", "mask", "--use_proprio", "true"]
+
+
+@pytest.mark.parametrize(
+    "lora", [[], ["--use_peft", "--lora_r", "4"], STREAMED, CHUNKS], ids=["full", "lora", "streamed", "chunks"]
+)
 def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", *lora) == 0
     policy = LapaForActionPrediction.from_pretrained(tmp_path / "robot")
@@ -122,10 +134,98 @@ def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     (key,) = processor.action_statistics
     assert policy.config.action_num_bins == list(processor.action_tokenizer(key).num_bins)
     image = np.zeros((64, 64, 3), np.uint8)
-    tokens = policy.predict_action_tokens(**processor(images=image, instruction="put the carrot on the plate"))
-    assert processor.decode_actions(tokens).shape == (1, 7)
+    proprio = {"proprio": np.zeros(7)} if lora is CHUNKS else {}
+    tokens = policy.predict_action_tokens(
+        **processor(images=image, instruction="put the carrot on the plate", **proprio)
+    )
+    assert processor.decode_actions(tokens).shape == ((1, 3, 7) if lora is CHUNKS else (1, 7))
+    # The bins are those of all steps that are not held out, however they are read.
+    episodes = [episode for episode in list(open_source(bridge))[:-2] if episode.instruction]
+    expected = ActionTokenizer.fit(np.concatenate([episode.action for episode in episodes]), 16)
+    assert key == "bridge_dataset" and processor.action_tokenizer(key) == expected
+    report = json.loads((tmp_path / "robot" / "data_report.json").read_text())
+    assert report["total"]["steps"] >= 12
     metrics = json.loads((tmp_path / "robot" / "eval_results.json").read_text())
     assert {"eval_token_accuracy/6", "eval_action_error/0", "eval_mean_action_error/0"} <= set(metrics)
+
+
+def test_several_robots_in_one_run(chain, bridge, tmp_path):
+    """Each data set of a mixture has its own bins; statistics are counted once."""
+    mixture = tmp_path / "mixture.yaml"
+    entries = [
+        {"path": bridge, "unnorm_key": "one", "weight": 2},
+        {"path": bridge, "camera": "image_1", "unnorm_key": "two"},
+    ]
+    mixture.write_text(yaml.safe_dump(entries))
+    output = tmp_path / "robot"
+    assert finetune(chain, str(mixture), output, "--eval_episodes", "2", "--eval_examples", "9") == 0
+    assert set(LapaProcessor.from_pretrained(output).action_statistics) == {"one", "two"}
+    metrics = json.loads((output / "eval_results.json").read_text())
+    assert {"eval_one/action_error", "eval_two/mean_action_error/0", "eval_token_accuracy"} <= set(metrics)
+    statistics = json.loads((output / "action_statistics" / "statistics.json").read_text())
+    assert set(statistics["keys"]) == {"one", "two"} and statistics["keys"]["one"]["action"]["num_steps"] > 100
+    # The second run takes them from there: the files are not looked at.
+    times = [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
+    assert finetune(chain, str(mixture), output, "--eval_episodes", "2") == 0
+    assert times == [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
+
+
+def test_streamed_finetuning_resumes_exactly(chain, bridge, tmp_path):
+    steps = ["--save_strategy", "steps", "--save_steps", "2", "--cache_vision_codes", "false", "--augmentation"]
+    last = ["--resume_from_checkpoint", "last"]
+    assert finetune(chain, bridge, tmp_path / "whole", *steps, "--max_steps", "4") == 0
+    assert finetune(chain, bridge, tmp_path / "parts", *steps, "--max_steps", "2", *last) == 0
+    # What a killed run left of a checkpoint is passed over.
+    (tmp_path / "parts" / "checkpoint-3").mkdir()
+    assert finetune(chain, bridge, tmp_path / "parts", *steps, "--max_steps", "4", *last) == 0
+    assert hash_weights(tmp_path / "whole") == hash_weights(tmp_path / "parts")
+
+
+@pytest.fixture
+def damaged(bridge, tmp_path):
+    """The Bridge shard with a wrong byte in the content of record 3, and cut short inside record 20."""
+    folder = Path(shutil.copytree(bridge, tmp_path / "damaged" / "1.0.0"))
+    file = shard_file(folder)
+    positions, content = record_positions(file), bytearray(file.read_bytes())
+    content[positions[3] + 100] ^= 1
+    file.write_bytes(content[: positions[20] + 1000])
+    return str(folder)
+
+
+def test_damaged_data_stop_a_run_or_are_counted(chain, damaged, tmp_path, capsys):
+    output = tmp_path / "quantizer"
+    base = ["--data", damaged, "--output_dir", str(output), "--quantizer_config", json.dumps(TINY_QUANTIZER)]
+    base += ["--max_steps", "20", "--per_device_train_batch_size", "16", "--num_sample_reconstructions", "0", *CPU]
+    base += ["--buffer_size", "64"]
+    for workers in ("0", "2"):
+        error = error_of(capsys, scripts.train_quantizer([*base, "--dataloader_num_workers", workers]))
+        assert "bridge_dataset-train.tfrecord-00000-of-00001 " in error
+        assert "is corrupt at byte" in error or "ends inside the record at byte" in error
+        # 6 of 25 episodes are lost: more than the share that may be.
+        skipping = [*base, "--dataloader_num_workers", workers, "--on_error", "skip"]
+        error = error_of(capsys, scripts.train_quantizer(skipping))
+        assert "episodes could not be read, more than the share of 0.05 that `max_skipped` allows" in error
+        assert scripts.train_quantizer([*skipping, "--max_skipped", "0.5"]) == 0
+        source = json.loads((output / "data_report.json").read_text())["sources"]["bridge_dataset/train"]
+        # Every episode that is lost is counted, although one error tells of the five behind the cut.
+        share = source["skipped_groups"]["unreadable"] / source["groups"]
+        assert 0.15 < share < 0.35 and source["skipped"]["num_skipped"] == source["skipped_groups"]["unreadable"]
+        assert len(source["skipped"]["reasons"]) == 2
+        assert "skipped_episodes/unreadable" in capsys.readouterr().out
+
+
+def test_damaged_actions_are_counted(chain, damaged, tmp_path, capsys):
+    error = error_of(capsys, finetune(chain, damaged, tmp_path / "robot"))
+    assert "is corrupt at byte" in error
+    error = error_of(capsys, finetune(chain, damaged, tmp_path / "robot", "--on_error", "skip"))
+    assert "6 of 25 episodes could not be read, more than the share of 0.05" in error
+    assert finetune(chain, damaged, tmp_path / "robot", "--on_error", "skip", "--max_skipped", "0.5") == 0
+    source = json.loads((tmp_path / "robot" / "data_report.json").read_text())["sources"]["bridge_dataset/train"]
+    assert (
+        source["groups"] == 25
+        and source["skipped_groups"]["unreadable"] == 6
+        and source["skipped"]["num_skipped"] == 6
+    )
 
 
 def test_the_latent_head_is_kept_on_request(chain, tmp_path):
@@ -251,7 +351,10 @@ def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):
         (["--split", "val"], "val"),
         (["--frame_gap", "0"], "frame_gap"),
         (["--frame_gap", "10"], "no pair"),
-        (["--frame_gap_seconds", "0.6"], "frequency"),
+        (["--frame_gap", "3", "--frame_gap_seconds", "0.6"], "exclude each other"),
+        (["--eval_pairs", "0"], "eval_pairs"),
+        (["--max_steps", "-1"], "max_steps"),
+        (["--on_error", "ignore"], "ignore"),
         (["--quantizer_config", '{"hiden_size": 3}'], "hiden_size"),
         (["--quantizer_config", '{"hidden_size": "big"}'], "hidden_size"),
         (["--eval_episodes", "25"], "eval_episodes"),
@@ -317,7 +420,10 @@ def test_resume_from_the_last_checkpoint(bridge, tmp_path):
     assert hash_weights(outputs[0]) == hash_weights(outputs[1])
 
 
-@pytest.mark.parametrize("recipe", sorted(Path(scripts.__file__).parent.joinpath("recipes").glob("*.yaml")), ids=str)
+RECIPES = sorted(Path(scripts.__file__).parent.joinpath("recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if not path.stem.startswith("mixture_")], ids=str)
 def test_recipes_parse(recipe, tmp_path):
     """Every key of every recipe is an argument of its command, and its sizes are fields of the config."""
     from trl import ModelConfig

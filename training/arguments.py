@@ -137,6 +137,7 @@ class LapaPolicyTrainingArguments(TrainingArguments):
         per_device_train_batch_size (`int`, defaults to `32`), learning_rate (`float`, defaults to `2e-5`),
         lr_scheduler_type (`str`, defaults to `"constant"`), adam_beta2 (`float`, defaults to `0.95`),
         bf16 (`bool`, *optional*, defaults to on where an accelerator supports it and fp16 is off),
+        logging_nan_inf_filter (`bool`, defaults to `False`),
         logging_steps (`float`, defaults to `10`), report_to (defaults to `"tensorboard"`),
         remove_unused_columns (`bool`, defaults to `False`).
     """
@@ -148,6 +149,9 @@ class LapaPolicyTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
     report_to: str | None = field(default="tensorboard", metadata={"help": "Where metrics are reported."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator needs all."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Keep False: a loss that is not finite ends the run at once."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Compute in bf16; on by default where an accelerator supports it."}
     )

@@ -16,62 +16,79 @@ from lapa.training.script_tools import (
 if TYPE_CHECKING:
     from lapa.configuration.configuration_lapa import LapaConfig
     from lapa.processing.processing_lapa import LapaProcessor
+    from lapa.training.action_data import ActionData
     from lapa.training.sources import StepColumns
 
-
-def _action_columns(script_args: FinetuneArguments) -> tuple["StepColumns", str]:
-    """Steps to finetune on, and the name of the data set."""
-    from lapa.training.sources import action_steps, jsonl_steps, load_rlds
-
-    path = Path(script_args.data)
-    if path.suffix == ".jsonl":
-        return jsonl_steps(path, "action"), path.stem
-    source = load_rlds(script_args.data, script_args.split, script_args.camera)
-    return action_steps(source), source.name
+PUBLISHED_ENDINGS = (".jsonl", ".jsonl.gz")
 
 
-def _prepare_actions(
-    script_args: FinetuneArguments, config: "LapaConfig", processor: "LapaProcessor", columns: "StepColumns", key: str
-) -> None:
-    """Bins of the actions: read from a csv, fitted, or those that the processor has. They replace no others."""
-    assert columns.actions is not None
-    processor.action_dim, processor.action_vocab_size = config.action_dim, config.action_vocab_size
-    if script_args.action_bins is not None:
-        processor.load_action_csv(script_args.action_bins, key)
-    elif key not in processor.action_statistics:
-        gripper: Any = script_args.gripper_dimension
-        if gripper != "last":
-            gripper = None if gripper == "none" else int(gripper)
-        processor.fit_actions(columns.actions, key, script_args.num_bins, gripper)
-
-
-def _action_sizes(script_args: FinetuneArguments, action_dim: int) -> dict[str, int]:
-    """What a latent-pretrained policy becomes for these actions; a policy that has action rows must fit already."""
-    from lapa.configuration.configuration_lapa import LapaConfig
-
-    source = LapaConfig.from_pretrained(script_args.model)
-    sizes = {"action_dim": action_dim}
-    if script_args.num_bins is not None:
-        sizes["action_vocab_size"] = script_args.num_bins
+def _action_sizes(script_args: FinetuneArguments, source: "LapaConfig", action_dim: int) -> dict[str, Any]:
+    """What the policy becomes for these actions; one that has action rows must have room for them already."""
+    given = {name: getattr(script_args, name) for name in ("action_horizon", "use_proprio", "keep_latent_head")}
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not source.has_action_segment:
-        return sizes
-    if source.action_dim != action_dim or sizes.get("action_vocab_size", 0) > source.action_vocab_size:
+        bins = {} if script_args.num_bins is None else {"action_vocab_size": script_args.num_bins}
+        return {**sizes, "action_dim": action_dim, **bins}
+    if source.action_dim < action_dim or (script_args.num_bins or 0) > source.action_vocab_size:
         raise ValueError(
             f"`model` ({script_args.model}) has actions of {source.action_dim} dimensions and {source.action_vocab_size} "
             f"bins, the data have {action_dim} dimensions (`num_bins` {script_args.num_bins}): start from a "
             "latent-pretrained model."
         )
-    return {}
+    return sizes
+
+
+def _file_datasets(
+    script_args: FinetuneArguments, columns: "StepColumns", processor: "LapaProcessor", policy: Any, key: str
+) -> tuple[Any, Any]:
+    """Data sets of a published file, or of a source that fits memory."""
+    train, held = columns.split(script_args.eval_episodes)
+    if script_args.action_bins is not None:
+        processor.load_action_csv(script_args.action_bins, key)
+    elif key not in processor.action_statistics:
+        from lapa.training.action_data import gripper_dimension
+
+        assert train.actions is not None
+        processor.fit_actions(train.actions, key, script_args.num_bins, gripper_dimension(script_args))
+    return tuple(
+        None if part is None else step_dataset(part, processor, policy, True, unnorm_key=key) for part in (train, held)
+    )
+
+
+def _source_datasets(
+    script_args: FinetuneArguments, training_args: Any, data: "ActionData", processor: "LapaProcessor", policy: Any
+) -> tuple[Any, Any]:
+    """Data sets of a source or a mixture: in memory with their image codes where they are small, else a stream."""
+    from lapa.data.action_stream import ActionStepEncoder, ActionWindow
+    from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
+
+    data.set_statistics(processor)
+    window = ActionWindow(processor.action_horizon, script_args.past_end)
+    if data.fits_memory(window, processor.use_proprio):
+        is_main = training_args.process_index == 0
+        (key,) = data.statistics
+        return tuple(
+            None if columns is None else step_dataset(columns, processor, policy, True, unnorm_key=key)
+            for columns in data.columns(training_args.output_dir, is_main)
+        )
+    if policy.model.vision_tokenizer is None:
+        raise ValueError("the policy has no vision tokenizer, so it cannot train on images: give rows of image codes.")
+    encoder = ActionStepEncoder(processor, LapaImageAugmentation() if script_args.augmentation else None)
+    stream, held = data.stream(encoder, window, processor.use_proprio, training_args)
+    stream.mean_actions = {key: entry.action.mean for key, entry in data.statistics.items()}
+    return stream, held
 
 
 def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args: Any) -> None:
     from transformers import set_seed
     from trl import get_peft_config
 
+    from lapa.configuration.configuration_lapa import LapaConfig
     from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
-    from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
     from lapa.processing.processing_lapa import LapaProcessor
+    from lapa.training.action_data import open_action_data
     from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
+    from lapa.training.sources import jsonl_steps
 
     check_output(training_args)
     check_evaluation(training_args, script_args.eval_episodes)
@@ -81,39 +98,49 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
         raise ValueError("`load_in_8bit` and `load_in_4bit` are not supported in finetuning yet.")
     check_checkpoint(script_args.model, "lapa")
     set_seed(training_args.seed)
-    columns, name = _action_columns(script_args)
-    train_columns, eval_columns = columns.split(script_args.eval_episodes)
-    assert columns.actions is not None
-    sizes = _action_sizes(script_args, columns.actions.shape[1])
-    key = script_args.unnorm_key or name
+    source_config = LapaConfig.from_pretrained(script_args.model)
+    wants_proprio = source_config.use_proprio if script_args.use_proprio is None else script_args.use_proprio
+    columns = data = None
+    if script_args.data.endswith(PUBLISHED_ENDINGS):
+        if script_args.augmentation:
+            raise ValueError("`augmentation` needs images, and `data` holds image codes.")
+        columns = jsonl_steps(script_args.data, "action")
+        assert columns.actions is not None
+        action_dim, keys = (
+            columns.actions.shape[1],
+            [script_args.unnorm_key or Path(script_args.data).name.split(".")[0]],
+        )
+    else:
+        data = open_action_data(script_args, training_args, wants_proprio)
+        action_dim, keys = data.action_dim, list(data.statistics)
+    sizes = _action_sizes(script_args, source_config, action_dim)
     processor = LapaProcessor.from_pretrained(script_args.model)
-    if script_args.keep_latent_head is not None:
-        sizes["keep_latent_head"] = script_args.keep_latent_head
     policy = LapaForActionPrediction.from_pretrained(
         script_args.model, **sizes, **load_options(model_args.dtype, model_args.attn_implementation)
     )
-    _prepare_actions(script_args, policy.config, processor, train_columns, key)
-    cache, augmentation = script_args.cache_vision_codes, None
+    for name in ("action_dim", "action_vocab_size", "action_horizon", "use_proprio"):
+        setattr(processor, name, getattr(policy.config, name))
     if script_args.augmentation:
-        if train_columns.images is None:
-            raise ValueError("`augmentation` needs images, and `data` holds image codes.")
-        augmentation = LapaImageAugmentation()
         # Before the evaluation's images are encoded, which are to be seen as the finished policy sees them.
         processor.image_processor.do_center_crop = True
-    train_options = {"augmentation": augmentation, "seed": training_args.seed, "unnorm_key": key}
+    if columns is not None:
+        train, evaluation = _file_datasets(script_args, columns, processor, policy, keys[0])
+    else:
+        train, evaluation = _source_datasets(script_args, training_args, data, processor, policy)
     trainer = LapaActionFinetuningTrainer(
         policy,
         training_args,
-        step_dataset(train_columns, processor, policy, cache and augmentation is None, **train_options),
-        None if eval_columns is None else step_dataset(eval_columns, processor, policy, cache, unnorm_key=key),
+        train,
+        evaluation,
         processor,
-        unnorm_key=key,
+        unnorm_key=keys[0] if len(keys) == 1 else None,
         peft_config=get_peft_config(model_args),
     )
     run_training(trainer, training_args)
     trainer.save_merged()
     if trainer.is_world_process_zero():
-        print(f"{training_args.output_dir}: policy after {trainer.state.global_step} steps, `unnorm_key` {key!r}")
+        named = ", ".join(map(repr, keys))
+        print(f"{training_args.output_dir}: policy after {trainer.state.global_step} steps, `unnorm_key` {named}")
 
 
 __all__ = ["run_finetune"]

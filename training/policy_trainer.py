@@ -9,46 +9,63 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
-from lapa.data.collators import LapaTrainingCollator
-from lapa.data.labelled_steps import LabelledStepDataset
+from lapa.data.collators import DESCRIBING_KEYS, LapaTrainingCollator
+from lapa.data.labelled_steps import LabelledStepDataset, labelled_parts
 from lapa.modeling_lapa.modeling_lapa import LapaForTokenPrediction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.training.arguments import LapaPolicyTrainingArguments
 from lapa.training.metrics_trainer import MetricsTrainer
+from lapa.training.safe_checkpoints import SafeCheckpoints
 
 # Outputs of the models that are logged, in this order.
 LOGGED_OUTPUTS = ("latent_loss", "action_loss", "text_loss", "latent_accuracy", "action_accuracy")
 
 
 class ActionCollator(LapaTrainingCollator):
-    """`LapaTrainingCollator` that lets physical actions through: `action` (action_dim,) -> (batch, action_dim) float32."""
+    """
+    `LapaTrainingCollator` that lets through what examples say of themselves.
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """As in `LapaTrainingCollator`; `action` goes along where every example that is kept has one."""
+    `action` ([action_horizon,] action_dim) becomes (batch, [action_horizon,] action_dim) float32, NaN for dimensions that
+    another example has and this one lacks; `unnorm_key` and `example_id` become lists of strings. Each goes along where
+    every example that is kept has it.
+    """
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """As in `LapaTrainingCollator`."""
         kept = [example for example in examples if self._fits(example)]
-        batch = super().__call__([{k: v for k, v in example.items() if k != "action"} for example in kept])
-        if kept and all("action" in example for example in kept):
-            batch["action"] = torch.stack([torch.as_tensor(example["action"]).float() for example in kept])
+        batch: dict[str, Any] = super().__call__(kept)
+        for name in DESCRIBING_KEYS:
+            if all(name in example for example in kept):
+                values = [example[name] for example in kept]
+                batch[name] = _stack_actions(values) if name == "action" else [str(value) for value in values]
         return batch
 
 
-class _StartEpoch(TrainerCallback):
-    """Tells the data set which epoch begins, in a resumed run too."""
+def _stack_actions(actions: Sequence[Any]) -> torch.Tensor:
+    rows = [torch.as_tensor(action).float() for action in actions]
+    width = max(row.shape[-1] for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, width - row.shape[-1]), value=math.nan) for row in rows])
 
-    def __init__(self, dataset: LabelledStepDataset) -> None:
-        self.dataset = dataset
+
+class _StartEpoch(TrainerCallback):
+    """Tells the data sets which epoch begins, in a resumed run too."""
+
+    def __init__(self, datasets: Sequence[LabelledStepDataset]) -> None:
+        self.datasets = datasets
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # A resumed run begins in the middle of one.
-        self.dataset.start_epoch(math.floor((state.epoch or 0) + 1e-6))
+        for dataset in self.datasets:
+            dataset.start_epoch(math.floor((state.epoch or 0) + 1e-6))
 
 
-class LapaPolicyTrainer(MetricsTrainer):
+class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
     r"""
     Trainer of a policy on `LabelledStepDataset` examples; the stages are its subclasses.
 
     The loss is a mean over rows, so accumulating gradients over equal micro-batches equals one large batch. The vision
-    tokenizer is frozen. Logs carry the losses and accuracies of the segments, averaged since the last log.
+    tokenizer is frozen. Logs carry the losses and accuracies of the segments, averaged since the last log. A loss or a
+    gradient that is not finite ends the run before the weights change, and names the examples of the batch.
 
     Args:
         model: The policy.
@@ -97,9 +114,12 @@ class LapaPolicyTrainer(MetricsTrainer):
             del self.model.config.use_cache
         else:
             self.model.config.use_cache = use_cache
-        if isinstance(train_dataset, LabelledStepDataset):
-            self.add_callback(_StartEpoch(train_dataset))
+        if parts := labelled_parts(train_dataset):
+            self.add_callback(_StartEpoch(parts))
         self.processor = processor
+        # Examples whose gradients are being accumulated, and those of the last finished step.
+        self._batch_ids: list[str] = []
+        self._finished_ids: list[str] = []
         if processor is not None:
             self.policy.config.prompt_tails = processor.prompt_tails
         if self.policy.model.vision_tokenizer is not None:
@@ -108,37 +128,67 @@ class LapaPolicyTrainer(MetricsTrainer):
     @property
     def policy(self) -> LapaForTokenPrediction:
         """The model without what wraps it for distributed training or LoRA."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if isinstance(model, LapaForTokenPrediction) else model.get_base_model()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in [`~transformers.Trainer`]."""
+        self._batch_ids += inputs.get("example_id") or ["unknown (the examples have no `example_id`)"]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._finished_ids, self._batch_ids = self._batch_ids, []
+        return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch."""
         if self.policy.model.vision_tokenizer is not None:
             self.policy.model.vision_tokenizer.eval()  # `model.train()` has just switched it over
-        inputs = {name: value for name, value in inputs.items() if name != "action"}
-        outputs = model(**inputs, use_cache=False)
+        outputs = model(**self._for_model(inputs), use_cache=False)
         if model.training:
+            if not torch.isfinite(outputs.loss):
+                self._refuse_batch("loss", outputs.loss.item(), inputs.get("example_id") or self._batch_ids)
             self._means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def evaluation_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Loss of an evaluation batch; logits are computed only where there is a loss."""
-        labels = inputs["labels"]
-        trunk = {name: value for name, value in inputs.items() if name not in ("labels", "action")}
-        hidden_states = self.policy.model(**trunk, use_cache=False).last_hidden_state
-        losses = self.policy._losses(hidden_states, labels)
-        self._eval_means.add({name: losses.get(name) for name in LOGGED_OUTPUTS}, weight=len(labels))
-        self.evaluate_batch(hidden_states, inputs)
-        return losses["loss"]
+    @staticmethod
+    def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in DESCRIBING_KEYS}
 
-    def evaluate_batch(self, hidden_states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Hook of a stage: further numbers from an evaluation batch and its hidden states."""
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # With fp16 such steps are a matter of course: the scaler skips them.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            self._refuse_batch("norm of the gradient", float(norm), self._finished_ids)
+        return norm
+
+    def _refuse_batch(self, what: str, value: float, ids: Sequence[str]) -> None:
+        raise ValueError(
+            f"training diverged: the {what} is {value} at step {self.state.global_step + 1}, on {', '.join(ids)}. The "
+            "weights have not been changed by it. Look at these examples, or go on from an earlier checkpoint with a "
+            f"lower `learning_rate` (now {self.args.learning_rate:g}) or `max_grad_norm` (now {self.args.max_grad_norm:g})."
+        )
+
+    def evaluation_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Loss of an evaluation batch; logits are computed only where there is a loss."""
+        # Through the wrapped model: a sharded one gathers its weights in its own forward only.
+        outputs = model(**self._for_model(inputs), use_cache=False, target_segment=self.target)
+        self._eval_means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS}, weight=len(inputs["labels"]))
+        self.evaluate_batch(outputs.segment_logits, inputs)
+        return outputs.loss
+
+    def evaluate_batch(self, logits: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Hook of a stage: further numbers from an evaluation batch.
+
+        Args:
+            logits: (num_targets, segment_size) float32 of the labels in the stage's segment, row by row.
+            inputs: The batch.
+        """
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.processor is not None:

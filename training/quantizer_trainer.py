@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from lapa.data.frame_pairs import FramePairCollator
+from lapa.data.shuffled_stream import ShuffledStream
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.vector_quantization_lapa import CodebookQuantizer, replace_unused_codes_published
 from lapa.training.arguments import LapaQuantizerTrainingArguments
@@ -104,8 +105,8 @@ class LapaQuantizerTrainer(MetricsTrainer):
     Args:
         model: The quantizer. With `quantizer="fsq"` there is no codebook to look after.
         args: Training arguments.
-        train_dataset: `FramePairDataset`, or anything that gives `frames` (2, 3, height, width) uint8.
-        eval_dataset: As `train_dataset`.
+        train_dataset: `FramePairStream`, `FramePairDataset`, or anything that gives `frames` (2, 3, height, width) uint8.
+        eval_dataset: As `train_dataset`, but no stream.
         callbacks: Further callbacks.
         data_collator: Batches the examples; `FramePairCollator` when None.
         kwargs: Further arguments of [`~transformers.Trainer`].
@@ -136,6 +137,7 @@ class LapaQuantizerTrainer(MetricsTrainer):
         self.codebook_state = CodebookState.new(self.codebook_size)
         self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         self._step_embeddings: list[torch.Tensor] = []
+        self._samples: list[Any] = []
         # First, so that samples, logs and checkpoints see the updated codebook.
         self.callback_handler.callbacks.insert(0, CodebookCallback(self))
         if args.num_sample_reconstructions:
@@ -281,13 +283,20 @@ class LapaQuantizerTrainer(MetricsTrainer):
         self._eval_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         return super().evaluation_loop(*args, **kwargs)
 
+    def _sample_examples(self) -> list[Any]:
+        """The fixed pairs that are drawn."""
+        dataset: Any = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        count = self.args.num_sample_reconstructions
+        if isinstance(dataset, ShuffledStream):
+            self._samples = self._samples or dataset.sample(count)
+            return self._samples
+        chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+        return [dataset[int(item)] for item in chosen]
+
     @torch.no_grad()
     def draw_samples(self, step: int) -> None:
         """Writes `samples/step-*.png` below the output folder, and the same picture to tensorboard."""
-        dataset: Any = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        count = min(self.args.num_sample_reconstructions, len(dataset))
-        chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-        batch = self._prepare_inputs(self.data_collator([dataset[int(item)] for item in chosen]))
+        batch = self._prepare_inputs(self.data_collator(self._sample_examples()))
         quantizer, was_training = self.quantizer, self.quantizer.training
         quantizer.eval()
         try:

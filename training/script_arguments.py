@@ -102,35 +102,37 @@ class SourceArguments:
         return (open_pair_source(self.data, **options),)
 
 
-@dataclass
-class QuantizerArguments:
+@dataclass(kw_only=True)
+class QuantizerArguments(SourceArguments):
     """
-    Arguments of `lapa train-quantizer`.
+    Arguments of `lapa train-quantizer`, beside those of `SourceArguments`.
 
     Args:
-        data (`str`): RLDS folder (a version folder of a TFDS data set).
-        split (`str`): Split to read.
-        camera (`str`, *optional*): Camera to read; the folder's first one by default.
-        frame_gap (`int`, *optional*): Frames between the two of a pair; 3 by default.
-        frame_gap_seconds (`float`, *optional*): The same in seconds, instead of `frame_gap`.
-        frequency (`float`, *optional*): Control steps per second, which RLDS does not record.
         quantizer_config (`dict` or `str`, *optional*): `LapaQuantizerConfig` fields that differ from the released sizes:
             a mapping in a recipe, JSON, or a JSON or YAML file.
         model (`str`, *optional*): Quantizer folder to train on, instead of a fresh one.
-        eval_episodes (`int`): Last episodes, held out for evaluation.
+        buffer_size (`int`): Pairs that each loader worker keeps in memory to draw from.
+        pairs_per_episode (`int`, *optional*): Pairs taken of each episode in an epoch, drawn at random; all by default.
+        eval_episodes (`int`): Last episodes of each data set, held out for evaluation.
+        eval_pairs (`int`): Most pairs of theirs that an evaluation takes, spread evenly over them and kept in memory.
     """
 
-    data: str = field(metadata={"help": "RLDS folder."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
-    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair (3 by default)."})
-    frame_gap_seconds: float | None = field(default=None, metadata={"help": "The gap in seconds instead."})
-    frequency: float | None = field(default=None, metadata={"help": "Control steps per second of the data."})
     quantizer_config: dict | str | None = field(
         default=None, metadata={"help": "LapaQuantizerConfig fields: JSON, or a JSON or YAML file."}
     )
     model: str | None = field(default=None, metadata={"help": "Quantizer folder to train on."})
-    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    buffer_size: int = field(default=1024, metadata={"help": "Pairs that a loader worker keeps to draw from."})
+    pairs_per_episode: int | None = field(
+        default=None, metadata={"help": "Pairs taken of each episode in an epoch; all by default."}
+    )
+    eval_episodes: int = field(
+        default=0, metadata={"help": "Last episodes of each data set, held out for evaluation."}
+    )
+    eval_pairs: int = field(default=512, metadata={"help": "Most pairs of them that an evaluation takes."})
+
+    def __post_init__(self) -> None:
+        if self.eval_pairs < 1:
+            raise ValueError(f"`eval_pairs` must be at least 1, got {self.eval_pairs}.")
 
 
 @dataclass(kw_only=True)
@@ -250,47 +252,73 @@ class PretrainArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the loaded model."})
 
 
-@dataclass
-class FinetuneArguments:
+@dataclass(kw_only=True)
+class FinetuneArguments(SourceArguments):
     """
-    Arguments of `lapa finetune`, beside those of trl's `ModelConfig` (`use_peft`, `lora_r`, `dtype`, ...).
+    Arguments of `lapa finetune`, beside those of `SourceArguments` and of trl's `ModelConfig` (`use_peft`, `lora_r`,
+    `dtype`, ...). `data` may also be a published `.jsonl` file (image codes and `raw_actions`). `frame_gap`,
+    `frame_gap_seconds` and `filters` are about pairs of frames, of which there are none here.
 
     Args:
         model (`str`): Policy folder, latent-pretrained or with action rows.
-        data (`str`): RLDS folder, or a published `.jsonl` file (image codes and `raw_actions`).
-        split, camera: As in `QuantizerArguments`.
-        unnorm_key (`str`, *optional*): Name of the action bins; the data set's name by default. Bins that the model's
-            processor already has under it are kept.
+        unnorm_key (`str`, *optional*): Name of the action bins of a single data set; its own name by default. Bins that the
+            model's processor already has under it are kept.
         action_bins (`str`, *optional*): csv with bin edges in the published layout, instead of fitting them.
         num_bins (`int`, *optional*): Most bins per dimension; the model's `action_vocab_size` by default.
         gripper_dimension (`str`): `last`, `none`, or the index of the dimension that is open or closed.
+        action_horizon (`int`, *optional*): Steps of one prediction; as in `model` by default.
+        past_end (`str`): What becomes of a step whose chunk of actions leaves the episode: `drop` leaves it out, `repeat`
+            fills up with the last action, `mask` too, but without a loss on what was filled up.
+        use_proprio (`bool`, *optional*): Whether prompts tell the state of the robot; as in `model` by default.
         keep_latent_head (`bool`, *optional*): Whether the policy can still decode latent codes; as in `model` by
             default. The data of this command hold none to learn from: the head stays, the trunk under it moves.
         augmentation (`bool`): Whether training images are cropped and their colours changed at random, as published for
             real robots (`LapaImageAugmentation`). The saved processor crops the middle then.
-        cache_vision_codes (`bool`): Whether images are encoded once, before training; augmented ones never are.
-        eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
+        cache_vision_codes (`bool`): Whether images of a small data set (one source, at most 20,000 steps, or a published
+            file) are encoded once, before training, and kept in memory. Larger ones, mixtures, chunks and augmented images
+            are streamed, and encoded in each step.
+        buffer_size (`int`): Steps that each loader worker keeps in memory to draw from, of streamed data.
+        eval_episodes (`int`): Last episodes of each data set (rows of a file), held out for evaluation.
+        eval_examples (`int`): Most steps of theirs that an evaluation takes, of streamed data.
     """
 
     model: str = field(metadata={"help": "Policy folder."})
-    data: str = field(metadata={"help": "RLDS folder, or a published .jsonl file."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    camera: str | None = field(default=None, metadata={"help": "Camera to read; the first one by default."})
     unnorm_key: str | None = field(default=None, metadata={"help": "Name of the action bins."})
     action_bins: str | None = field(default=None, metadata={"help": "csv with published bin edges."})
     num_bins: int | None = field(default=None, metadata={"help": "Most bins per action dimension."})
     gripper_dimension: str = field(default="last", metadata={"help": "`last`, `none`, or an index."})
+    action_horizon: int | None = field(
+        default=None, metadata={"help": "Steps of one prediction; as in the model by default."}
+    )
+    past_end: str = field(
+        default="drop",
+        metadata={"help": "Steps whose actions leave the episode.", "choices": ["drop", "repeat", "mask"]},
+    )
+    use_proprio: bool | None = field(
+        default=None, metadata={"help": "`true` or `false`: whether prompts tell the robot's state; as in the model."}
+    )
     keep_latent_head: bool | None = field(
         default=None,
         metadata={"help": "`true` or `false`: whether latent codes can still be decoded; as in `model` by default."},
     )
     augmentation: bool = field(default=False, metadata={"help": "Crop training images and change colours at random."})
-    cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
-    eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    cache_vision_codes: bool = field(
+        default=True, metadata={"help": "Encode the images of a small data set once, before training."}
+    )
+    buffer_size: int = field(default=512, metadata={"help": "Steps that a loader worker keeps to draw from."})
+    eval_episodes: int = field(
+        default=0, metadata={"help": "Last episodes of each data set, held out for evaluation."}
+    )
+    eval_examples: int = field(default=512, metadata={"help": "Most steps of them that an evaluation takes."})
 
     def __post_init__(self) -> None:
         if self.gripper_dimension not in ("last", "none") and not self.gripper_dimension.lstrip("-").isdigit():
             raise ValueError(f"`gripper_dimension` must be last, none or an index, got {self.gripper_dimension!r}.")
+        if self.eval_examples < 1:
+            raise ValueError(f"`eval_examples` must be at least 1, got {self.eval_examples}.")
+        for name in ("frame_gap", "frame_gap_seconds", "filters"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is about pairs of frames, finetuning reads single steps.")
 
 
 __all__ = [

@@ -1,12 +1,30 @@
 """What the scripts of the stages share: checks of folders, the training itself, training examples of steps."""
 
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lapa.data.episode_source import EpisodeSource
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.sources import StepColumns
+
+logger = logging.getLogger(__name__)
+
+
+def data_seed(training_args: Any) -> int:
+    """Seed of the order of the data."""
+    seed: int = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    return seed
+
+
+def log_warnings(sources: "Iterable[EpisodeSource]") -> None:
+    """Says what the sources announce and lack."""
+    for source in sources:
+        for warning in source.warnings:
+            logger.warning("%s: %s", source.name, warning)
 
 
 def check_checkpoint(folder: str, model_type: str, argument: str = "model") -> None:
@@ -42,16 +60,19 @@ def check_evaluation(training_args: Any, eval_episodes: int) -> None:
 def run_training(trainer: Any, training_args: Any) -> None:
     """Trains, from the checkpoint `resume_from_checkpoint` names (`last`: the newest, if there is one).
 
-    The output folder gets the metrics of the evaluation and, in `trainer_state.json`, the log of the whole run.
+    A checkpoint that a killed run did not finish is passed over. The output folder gets the metrics of the evaluation and, in `trainer_state.json`, the log of the whole run.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from lapa.training.safe_checkpoints import last_checkpoint
+    from lapa.training.stream_training import REPORT_FILE
 
     resume = training_args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("last", "true"):
-        resume = get_last_checkpoint(training_args.output_dir)
+        resume = last_checkpoint(training_args.output_dir)
     elif resume is not None and not Path(resume).is_dir():
         raise ValueError(f"`resume_from_checkpoint` must be `last` or a checkpoint folder, got {resume!r}.")
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.data_report is not None and trainer.is_world_process_zero():
+        print(f"{Path(training_args.output_dir) / REPORT_FILE}: read {trainer.data_report.summary()}")
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
@@ -88,4 +109,13 @@ def step_dataset(columns: "StepColumns", processor: "LapaProcessor", policy: Any
     )
 
 
-__all__ = ["check_checkpoint", "check_evaluation", "check_output", "load_options", "run_training", "step_dataset"]
+__all__ = [
+    "check_checkpoint",
+    "check_evaluation",
+    "check_output",
+    "data_seed",
+    "load_options",
+    "log_warnings",
+    "run_training",
+    "step_dataset",
+]

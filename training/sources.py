@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapa.data.action_stream import ActionStepPart
+from lapa.data.episode_source import SkippedEpisodes, read_or_skip
 from lapa.data.jsonl import read_rows
+from lapa.data.read_counts import UNREADABLE, ReadCounts
 from lapa.data.rlds import RldsFolder, read_rlds
-from lapa.data.schema import Episode
+from lapa.data.schema import Episode, ReadError
 
 logger = logging.getLogger(__name__)
 
@@ -161,37 +164,54 @@ class LazyRows(Sequence[Any]):
 
 
 class EpisodeFrames(Sequence[NDArray[np.uint8]]):
-    """Frames of all episodes, one after the other, decoded when they are asked for."""
+    """Frames of some steps of episodes, one after the other, decoded when they are asked for."""
 
-    def __init__(self, episodes: Sequence[Episode], camera: str) -> None:
-        self.frames = [episode.frames[camera] for episode in episodes]
-        self.positions = [(e, t) for e, episode in enumerate(episodes) for t in range(episode.num_steps)]
+    def __init__(self, episodes: Sequence[tuple[Episode, NDArray[np.int64]]], camera: str) -> None:
+        self.camera = camera
+        self.positions = [(episode, step) for episode, steps in episodes for step in steps.tolist()]
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, item: Any) -> Any:
         episode, step = self.positions[item]
-        return self.frames[episode][step]
+        return episode.frame(self.camera, step)
 
 
-def action_steps(source: EpisodeSource) -> StepColumns:
-    """Every step of the episodes that have an instruction and actions."""
-    with_action = [episode for episode in source.episodes if episode.action is not None]
-    if not with_action:
-        raise ValueError(f"`data` ({source.name}) has no actions to finetune on.")
-    kept = [episode for episode in with_action if episode.instruction is not None]
-    left_out = sum(e.num_steps for e in with_action) - sum(e.num_steps for e in kept)
-    if not kept:
-        raise ValueError(f"`data` ({source.name}) has no instructions.")
-    if left_out:
-        logger.warning("left out %d steps without an instruction", left_out)
+def action_steps(part: ActionStepPart, counts: ReadCounts, skipped: SkippedEpisodes | None) -> StepColumns:
+    """
+    All steps of a source, for data that fit memory; frames stay encoded until they are asked for.
+
+    Args:
+        part: The source, one step per action (no chunks).
+        counts: What was kept and left out is added to it.
+        skipped: Counts episodes that cannot be read; None raises at the first.
+    """
+    kept: list[tuple[Episode, NDArray[np.int64]]] = []
+    for shard, count in enumerate(part.group_counts):
+        num_read = counts.groups
+        for _, episode in read_or_skip(part.source, shard, skipped):
+            try:
+                steps = part.items(episode, counts)[:, 0]
+            except ReadError as error:
+                if skipped is None:
+                    raise
+                skipped(error)
+                counts.skipped_groups[UNREADABLE] += 1
+                continue
+            if skipped is not None:
+                skipped.seen()
+            counts.items += len(steps)
+            kept += [(episode, steps)] if len(steps) else []
+        if num_read + count > counts.groups:
+            counts.skipped_groups[UNREADABLE] += num_read + count - counts.groups
+            counts.groups = num_read + count
+    actions = [episode.action[steps] for episode, steps in kept if episode.action is not None]
     return StepColumns(
-        [episode.instruction or "" for episode in kept for _ in range(episode.num_steps)],
-        [episode.episode_id for episode in kept for _ in range(episode.num_steps)],
-        images=EpisodeFrames(kept, source.camera),
-        actions=np.concatenate([episode.action for episode in kept if episode.action is not None]),
-        num_without_instruction=left_out,
+        [episode.instruction or "" for episode, steps in kept for _ in steps],
+        [episode.episode_id for episode, steps in kept for _ in steps],
+        images=EpisodeFrames(kept, part.camera),
+        actions=np.concatenate(actions).astype(np.float32) if actions else None,
     )
 
 
@@ -200,29 +220,32 @@ def jsonl_steps(path: str | Path, target: str) -> StepColumns:
     Rows of a published data file: image codes, whole prompts, and codes (`delta`) or physical actions (`raw_actions`).
 
     Args:
-        path: A file that `lapa.data.jsonl` reads.
+        path: A `.jsonl` or `.jsonl.gz` file.
         target: `"latent"` or `"action"`.
 
     Raises:
         ValueError: A row that is no such thing, named by line.
     """
-    instructions, vision, targets = [], [], []
-    for row in read_rows(path, target):
-        if row.vision_codes is None:
-            raise ValueError(f"{path} has a row with an image and without `vision`: training needs the image codes.")
-        instructions.append(row.instruction)
-        vision.append(row.vision_codes)
-        targets.append(row.latent_action_codes if target == "latent" else row.action)
-    if not instructions:
+    rows = list(read_rows(path, target))
+    if not rows:
         raise ValueError(f"{path} has no rows.")
-    if len({len(codes) for codes in vision}) > 1 or len({len(values) for values in targets if values is not None}) > 1:
-        raise ValueError(f"{path}: rows have different numbers of image codes or targets.")
+    for number, row in enumerate(rows, start=1):
+        if row.vision_codes is None:
+            raise ValueError(
+                f"{path}, row {number}: `vision` is missing, only rows with image codes can be trained on."
+            )
+    latent = target == "latent"
+    columns = [[row.vision_codes for row in rows], [row.latent_action_codes if latent else row.action for row in rows]]
+    try:
+        vision, values = (np.array(column) for column in columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: rows have different numbers of image codes or targets.") from error
     return StepColumns(
-        instructions,
-        [str(number) for number in range(len(instructions))],
-        vision_codes=np.stack(vision),
-        latent_action_codes=np.stack(targets) if target == "latent" else None,
-        actions=np.stack(targets) if target == "action" else None,
+        [row.prompt for row in rows],
+        [str(number) for number in range(len(rows))],
+        vision_codes=vision,
+        latent_action_codes=values if latent else None,
+        actions=None if latent else values,
         raw_instruction=True,
     )
 

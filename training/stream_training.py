@@ -1,14 +1,14 @@
 """Training on a `ShuffledStream`: its own loader, its state in every checkpoint, what was read in log and report."""
 
 import json
-import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,8 +17,6 @@ from lapa.data.read_counts import ReadCounts
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.data.stream_cursor import restore_skipped, skipped_state
 from lapa.data.stream_loader import StreamLoader
-
-logger = logging.getLogger(__name__)
 
 # Of one rank, in a checkpoint.
 STATE_FILE, STATE_FILES = "stream_state_{rank:05d}_of_{world_size:05d}.json", "stream_state_*.json"
@@ -96,6 +94,19 @@ class DataReport:
                 skipped.check()
 
 
+class ExampleList(Dataset[dict[str, Any]]):
+    """Examples in memory."""
+
+    def __init__(self, examples: Sequence[dict[str, Any]]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        return self.examples[item]
+
+
 class _StreamEpoch(TrainerCallback):
     """A stream has no epochs that a training could count: `epoch` is the share of the steps, in a resumed run too."""
 
@@ -119,6 +130,8 @@ class StreamTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What a training on a stream has read, once it has ended.
+        self.data_report: DataReport | None = None
         super().__init__(*args, **kwargs)
         if self.stream is not None:
             # First, so that logs and checkpoints see it.
@@ -229,9 +242,9 @@ class StreamTrainer(Trainer):
         if self.is_world_process_zero():
             values = report.to_dict() | {"stream": stream.description()}
             write_json(Path(self.args.output_dir) / REPORT_FILE, values, indent=2)
-            if final:
-                logger.info("read %s", report.summary())
         report.check(final)
+        if final:
+            self.data_report = report
 
 
-__all__ = ["REPORT_FILE", "STATE_FILE", "DataReport", "StreamTrainer", "write_json"]
+__all__ = ["REPORT_FILE", "STATE_FILE", "DataReport", "ExampleList", "StreamTrainer", "write_json"]
