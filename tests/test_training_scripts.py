@@ -354,7 +354,7 @@ def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):
         (["--frame_gap", "3", "--frame_gap_seconds", "0.6"], "exclude each other"),
         (["--eval_pairs", "0"], "eval_pairs"),
         (["--max_steps", "-1"], "max_steps"),
-        (["--on_error", "ignore"], "ignore"),
+        (["--max_skipped", "2"], "max_skipped"),
         (["--quantizer_config", '{"hiden_size": 3}'], "hiden_size"),
         (["--quantizer_config", '{"hidden_size": "big"}'], "hidden_size"),
         (["--eval_episodes", "25"], "eval_episodes"),

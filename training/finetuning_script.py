@@ -50,9 +50,11 @@ def _file_datasets(
 
         assert train.actions is not None
         processor.fit_actions(train.actions, key, script_args.num_bins, gripper_dimension(script_args))
-    return tuple(
-        None if part is None else step_dataset(part, processor, policy, True, unnorm_key=key) for part in (train, held)
-    )
+    return _in_memory(train, processor, policy, key), _in_memory(held, processor, policy, key)
+
+
+def _in_memory(columns: "StepColumns | None", processor: "LapaProcessor", policy: Any, key: str) -> Any:
+    return None if columns is None else step_dataset(columns, processor, policy, True, unnorm_key=key)
 
 
 def _source_datasets(
@@ -65,18 +67,15 @@ def _source_datasets(
     data.set_statistics(processor)
     window = ActionWindow(processor.action_horizon, script_args.past_end)
     if data.fits_memory(window, processor.use_proprio):
-        is_main = training_args.process_index == 0
         (key,) = data.statistics
-        return tuple(
-            None if columns is None else step_dataset(columns, processor, policy, True, unnorm_key=key)
-            for columns in data.columns(training_args.output_dir, is_main)
-        )
+        train, held = data.columns(training_args.output_dir, training_args.process_index == 0)
+        return _in_memory(train, processor, policy, key), _in_memory(held, processor, policy, key)
     if policy.model.vision_tokenizer is None:
         raise ValueError("the policy has no vision tokenizer, so it cannot train on images: give rows of image codes.")
     encoder = ActionStepEncoder(processor, LapaImageAugmentation() if script_args.augmentation else None)
-    stream, held = data.stream(encoder, window, processor.use_proprio, training_args)
+    stream, sample = data.stream(encoder, window, processor.use_proprio, training_args)
     stream.mean_actions = {key: entry.action.mean for key, entry in data.statistics.items()}
-    return stream, held
+    return stream, sample
 
 
 def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args: Any) -> None:
