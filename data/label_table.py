@@ -334,7 +334,9 @@ def label_schema(settings: LabelSettings) -> "pa.Schema":
 
     types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    schema, features = [], {}
+    schema: list[pa.Field[Any]] = []
+    features: dict[str, dict[str, Any]] = {}
+    feature: dict[str, Any]
     for name, kind in _columns(settings):
         if kind == "Image":
             arrow, feature = image, {"_type": "Image"}

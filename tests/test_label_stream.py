@@ -270,8 +270,6 @@ def test_a_resumed_pretraining_ends_where_an_uninterrupted_one_does(place, tmp_p
     data = f"{place / 'labels'},{place / 'others'}"
     more = ["--save_steps", "3", "--seed", "5"]
     assert pretrain(place, tmp_path / "whole", data, *more, "--max_steps", "6") == 0
-    assert pretrain(place, tmp_path / "parts", data, *more, "--max_steps", "3", "--lr_scheduler_type", "constant") == 0
-    # The schedule of the whole run.
     assert pretrain(place, tmp_path / "again", data, *more, "--max_steps", "6", "--resume_from_checkpoint",
                     str(tmp_path / "whole" / "checkpoint-3")) == 0  # fmt: skip
     assert all(
@@ -280,7 +278,7 @@ def test_a_resumed_pretraining_ends_where_an_uninterrupted_one_does(place, tmp_p
 
 
 def test_epochs_become_steps(place, tmp_path):
-    more = ["--num_train_epochs", "2", "--save_strategy", "no", "--eval_episodes", "1"]
+    more = ["--max_steps", "-1", "--num_train_epochs", "2", "--save_strategy", "no", "--eval_episodes", "1"]
     assert pretrain(place, tmp_path / "policy", str(place / "coded"), *more) == 0
     state = json.loads((tmp_path / "policy" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 * (NUM_STEPS - 4) // 4

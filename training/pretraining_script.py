@@ -224,7 +224,11 @@ def run_pretrain(script_args: PretrainArguments, training_args: Any) -> None:
         datasets = _label_datasets(labels, script_args, training_args, policy, processor)
     else:
         cache = script_args.cache_vision_codes
-        datasets = tuple(part and step_dataset(part, processor, policy, cache) for part in columns)
+        train, held = columns
+        datasets = (
+            step_dataset(train, processor, policy, cache),
+            None if held is None else step_dataset(held, processor, policy, cache),
+        )
     trainer = LapaLatentPretrainingTrainer(policy, training_args, *datasets, processor)
     run_training(trainer, training_args)
     trainer.save_model()
