@@ -13,7 +13,7 @@ from lapa.evaluation.demo_report import code_motion, verdict
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS, DemoSettings
 from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
 from lapa.evaluation.statistics import success_cell
-from lapa.processing.processing_lapa import PROMPT, TRAINING_TEXT, LapaProcessor
+from lapa.processing.processing_lapa import PROMPT, LapaProcessor
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,7 @@ def test_recordings_and_evaluation_never_share_a_seed():
 
 def test_simulator_prompts_are_short(tmp_path):
     tokenizer = build_tokenizer(tmp_path / "tokenizer.model", simulator_phrases())
-    text = TRAINING_TEXT.format(instruction="push the red cube slightly up and to the left")
-    prompt = PROMPT.format(text=text)
+    prompt = PROMPT.format(instruction="push the red cube slightly up and to the left")
     assert len(tokenizer.encode(prompt, add_special_tokens=False)) < 12
     assert tokenizer.unk_token_id not in tokenizer.encode("schließe die Schublade", add_special_tokens=False)[1:]
 
