@@ -73,7 +73,7 @@ setup(
     package_data={
         "lapa": ["py.typed"],
         "lapa.evaluation": ["templates/*", "assets/*/*", "suites/*.yaml"],
-        "lapa.training": ["recipes/*.yaml"],
+        "lapa.training": ["recipes/*.yaml", "recipes/accelerate/*.yaml"],
         "lapa.hub_cards": ["templates/*"],
     },
     install_requires=CORE,

@@ -51,7 +51,7 @@ def parts(gib: float) -> list[tuple[str, int, list[str]]]:
         (
             "label rate",
             55,
-            ["benchmarks/label_rate.py", "--dtype", "bfloat16", "--rounds", "5", "--batch-sizes", "64", "256", "1024"],
+            ["benchmarks/encoder_rate.py", "--dtype", "bfloat16", "--rounds", "5", "--batch-sizes", "64", "256", "1024"],
         ),
         ("7B latent pretraining", 110, [*cuda_7b, "--variants", *full]),
         ("7B LoRA", 70, [*cuda_7b, "--method", "lora", "--variants", *lora]),
@@ -75,7 +75,7 @@ def tiny_parts() -> list[tuple[str, int, list[str]]]:
     quantizer = ["benchmarks/quantizer_training.py", "--size", "tiny", "--rounds", "1", "--variants"]
     return [
         ("quantizer training", 120, [*quantizer, "bf16/2", "autocast/2"]),
-        ("label rate", 60, ["benchmarks/label_rate.py", "--size", "tiny", "--dtype", "bfloat16", "--no-compile", "--rounds", "1"]),
+        ("label rate", 60, ["benchmarks/encoder_rate.py", "--size", "tiny", "--dtype", "bfloat16", "--no-compile", "--rounds", "1"]),
         *((f"tiny {method}", 90, [*policy, "--method", method, "--variants", "checkpoint/2"]) for method in ("full", "lora", "qlora")),
         ("decoding", 60, ["benchmarks/policy_decode.py", "--size", "tiny", "--dtype", "bfloat16", "--rounds", "1"]),
     ]  # fmt: skip

@@ -80,7 +80,10 @@ class _Column:
             values[np.searchsorted(ends, np.minimum(step, ends[-1] - 1), side="right")]
             for step in (before, before + 1)
         )
-        return np.where(share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share))
+        result: NDArray[np.float64] = np.where(
+            share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share)
+        )
+        return result
 
 
 class ActionStatistics:
@@ -338,7 +341,7 @@ class SourceStatistics(NamedTuple):
     action: ActionStatistics
     proprio: ActionStatistics | None = None
 
-    def __add__(self, other: "SourceStatistics") -> "SourceStatistics":  # type: ignore[override]
+    def __add__(self, other: "SourceStatistics") -> "SourceStatistics":
         proprio = None if self.proprio is None or other.proprio is None else self.proprio + other.proprio
         return SourceStatistics(self.action + other.action, proprio)
 

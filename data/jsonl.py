@@ -25,7 +25,6 @@ Numbers may stand as strings: `delta` does in published files, and so do some ac
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +37,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from lapa.data.atomic_files import atomic_file
 from lapa.data.episode_source import OnError, raise_error
 from lapa.data.schema import ReadError
 
@@ -436,21 +436,15 @@ def _write(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
     path = Path(path)
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise ValueError(f"`path` must end in .jsonl or .jsonl.gz, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     count = 0
-    try:
-        with ExitStack() as stack:
-            file: Any = stack.enter_context(temporary.open("wb"))
-            if path.suffix == ".gz":
-                # No time stamp and no name, so that equal rows are equal files.
-                file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                count += 1
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as partial, ExitStack() as stack:
+        file: Any = stack.enter_context(partial.open("wb"))
+        if path.suffix == ".gz":
+            # No time stamp and no name, so that equal rows are equal files.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            count += 1
     return count
 
 

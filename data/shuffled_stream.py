@@ -177,8 +177,14 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
                 "1): what is left of an epoch cannot be divided anew."
             )
 
-    def record(self, worker: int, state: str) -> None:
-        """A loader hands out a batch of stream `worker` of this rank, after which that stream's state is `state`."""
+    def record(self, worker: int, state: str | Failure) -> None:
+        """A loader hands out a batch of stream `worker` of this rank, after which that stream's state is `state`.
+
+        Raises:
+            ValueError: In place of a state there is the failure of a worker.
+        """
+        if isinstance(state, Failure):
+            raise state.error
         self._states[worker] = state
         self._next_worker = (worker + 1) % (self._num_workers or 1)
 

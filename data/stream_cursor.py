@@ -1,9 +1,11 @@
 """One stream of examples: the order in which it goes through its share of the sources, and the state it resumes from."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -372,9 +374,11 @@ class StreamCursor:
         left = [number for number, reader in enumerate(self.readers) if not reader.exhausted]
         if not left:
             return None
-        limits = np.cumsum([self.parts[number].weight for number in left])
+        if len(left) == 1:
+            return left[0]
+        limits = list(accumulate(self.parts[number].weight for number in left))
         # `random` is below 1, so that the product, rounded, may reach the last limit but nothing beyond it.
-        return left[int(np.searchsorted(limits[:-1], self.generator.random() * limits[-1], side="right"))]
+        return left[bisect_right(limits, self.generator.random() * limits[-1], hi=len(limits) - 1)]
 
     def _refill(self, references: list[Reference]) -> list[tuple[Reference, Any]]:
         """Reads the items of the buffer again, group by group."""

@@ -15,10 +15,10 @@ class _CollateWithState:
     def __init__(self, stream: ShuffledStream, collate_fn: Callable[[list[Any]], Any] | None) -> None:
         self.stream, self.collate_fn = stream, collate_fn
 
-    def __call__(self, examples: list[Any]) -> tuple[Any, int, str]:
+    def __call__(self, examples: list[Any]) -> tuple[Any, int, str | Failure]:
         info = get_worker_info()
-        if examples and isinstance(examples[-1], Failure):
-            return examples[-1], 0, ""
+        if isinstance(examples[-1], Failure):
+            return None, 0, examples[-1]
         # In a worker the data set that is being read is its own copy.
         stream: Any = self.stream if info is None else info.dataset
         kept = [example for example in examples if example is not END]
@@ -27,8 +27,9 @@ class _CollateWithState:
         except ValueError as error:
             if info is None:
                 raise
-            return Failure(error), 0, ""
-        return batch, *stream.worker_state()
+            return None, 0, Failure(error)
+        # In this process the stream itself knows its state, whenever somebody asks.
+        return (batch, *stream.worker_state()) if info is not None else (batch, 0, "")
 
 
 class StreamLoader(DataLoader[Any]):
@@ -85,9 +86,8 @@ class StreamLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:
         self.dataset.begin(max(1, self.num_workers), in_loader=True)
         for batch, worker, state in super().__iter__():
-            if isinstance(batch, Failure):
-                raise batch.error
-            self.dataset.record(worker, state)
+            if state:
+                self.dataset.record(worker, state)
             if batch is not None:
                 yield batch
         self.dataset.finish_pass()

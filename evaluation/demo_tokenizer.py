@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lapa.evaluation.environments.tabletop_tasks import COLOURS, FAMILIES, SHAPES
-from lapa.processing.processing_lapa import PROMPT
+from lapa.processing.processing_lapa import TRAINING_TEXT
 from lapa.processing.tokenization_lapa import LapaTokenizer
 
 # What stands around the codes in prompts and training examples. The closing bracket is a piece of its own, as in the
@@ -19,7 +19,7 @@ BASE_PIECES = 400
 
 def prompt_phrases() -> list[str]:
     """What stands before and after the instruction in every prompt."""
-    before, after = PROMPT.replace("<s>", "").replace("<vision>", "").split("{instruction}")
+    before, after = TRAINING_TEXT.replace("<s>", "").split("{instruction}")
     return [before.strip(), after.strip()]
 
 

@@ -272,8 +272,22 @@ def _training(source: Path, config: PreTrainedConfig, options: CardOptions) -> l
         lines.append(f"Data: {', '.join(options.datasets)}.")
     if (source / TRAINER_STATE_NAME).exists():
         lines.append(_trainer_line(read_json(source / TRAINER_STATE_NAME)))
+    return lines + _lineage(config)
+
+
+def _lineage(config: PreTrainedConfig) -> list[str]:
+    """Which quantizer and which latent-pretrained model stand behind a policy."""
+    lines = []
     if getattr(config, "quantizer_hash", None):
-        lines.append(f"Latent actions come from the quantizer whose weights have SHA-256 `{config.quantizer_hash}`.")
+        name = f"`{config.quantizer_name}`, " if config.quantizer_name else ""
+        lines.append(
+            f"Latent actions come from the quantizer {name}whose weights have SHA-256 `{config.quantizer_hash}`."
+        )
+    if getattr(config, "latent_policy_hash", None):
+        lines.append(
+            f"Finetuned from the latent-pretrained model `{config.latent_policy_name}`, whose weights have SHA-256 "
+            f"`{config.latent_policy_hash}`."
+        )
     return lines
 
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from lapa.configuration.configuration_lapa import LapaConfig
+from lapa.modeling_lapa.adapter_loading_lapa import HUB_ARGUMENTS, AdapterSource, find_adapter, load_adapter
 from lapa.modeling_lapa.generation_lapa import (
     ActionBinsLogitsProcessor,
     LapaGenerationMixin,
@@ -42,6 +43,31 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         self.model = LapaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; a folder with an adapter alone gives its base model with the adapter in it."""
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            return cls._from_adapter(adapter, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def _from_adapter(cls, adapter: AdapterSource, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("adapter_kwargs", None)
+        config = copy.deepcopy(adapter.config)
+        for name in kwargs.keys() & LapaConfig.__dataclass_fields__.keys() - {"dtype"}:
+            setattr(config, name, kwargs.pop(name))
+        kwargs["config"] = config
+        # An Auto class goes by the base model's config, in which there may be no action rows yet.
+        of_action = issubclass(cls, LapaForActionPrediction) or (adapter.by_auto_class and config.has_action_segment)
+        if of_action:
+            loaded, _ = LapaForActionPrediction._load_whole(adapter.base, *args, **kwargs)
+        else:
+            loaded = cls.from_pretrained(adapter.base, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        load_adapter(model, adapter.folder, kwargs)
+        return loaded
 
     @can_return_tuple
     def forward(
@@ -267,15 +293,28 @@ class LapaForActionPrediction(LapaForTokenPrediction):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`; a latent-pretrained checkpoint gains action rows, drawn from torch's generator."""
-        hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            return cls._from_adapter(adapter, *args, **kwargs)
+        loaded, grew = cls._load_whole(pretrained_model_name_or_path, *args, **kwargs)
+        if grew:
+            logger.warning(
+                "%s has no action rows: fresh ones were drawn for LapaForActionPrediction. Finetune before use.",
+                pretrained_model_name_or_path,
+            )
+        return loaded
+
+    @classmethod
+    def _load_whole(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """A model without adapters, and whether it got fresh action rows."""
         source, _ = LapaConfig.get_config_dict(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         )
         if source.get("has_action_segment", False):
             rows, asked = source["action_vocab_size"], kwargs.get("action_vocab_size")
             if asked not in (None, rows):
                 raise ValueError(f"`action_vocab_size` is {rows} in this action checkpoint and cannot become {asked}.")
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs), False
         # The weights are loaded as they are, without action rows, whatever a given config says of them.
         kwargs.pop("has_action_segment", None)
         if getattr(kwargs.get("config"), "has_action_segment", False):
@@ -286,12 +325,7 @@ class LapaForActionPrediction(LapaForTokenPrediction):
         # Both classes hold the same modules; changing the class keeps quantisation, device map and hooks as they are.
         model.__class__ = cls
         model.add_action_segment()
-        logger.warning(
-            "%s has no action rows: %d fresh ones were drawn for LapaForActionPrediction. Finetune before use.",
-            pretrained_model_name_or_path,
-            model.config.action_vocab_size,
-        )
-        return loaded
+        return loaded, True
 
     @torch.no_grad()
     def add_action_segment(self) -> None:

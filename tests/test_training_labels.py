@@ -1,24 +1,17 @@
 """Labelling: the codes of every step, whatever the batch size and the form of the pairs."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from tiny_models import build
 
 from lapa.data.frame_pairs import FramePairDataset
-from lapa.data.schema import Episode
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
 from lapa.training.label_latent_actions import (
-    LabelManifest,
     encode_images,
-    episode_rows,
     hash_weights,
     label_episodes,
     label_latent_actions,
-    read_labels,
-    write_labels,
 )
 
 
@@ -88,65 +81,6 @@ def test_image_codes(quantizer):
     codes = encode_images(tokenizer, processor, images, 4, show_progress=False)
     pixels = torch.as_tensor(np.asarray(processor(list(images))["pixel_values"]))
     assert np.array_equal(codes, tokenizer.encode(pixels).codes.flatten(1).numpy())
-
-
-def manifest(**changes):
-    values = {"quantizer_hash": "0", "codebook_size": 8, "num_latent_tokens": 2, "frame_gap": 1, "source": "toy/train"}
-    values |= {"frame_gap_seconds": None, "camera": "top", "episodes_per_shard": 2}
-    return LabelManifest(**{**values, **changes})
-
-
-def recordings():
-    return [
-        Episode(f"e{i}", "toy/train", {"top": frames}, len(frames), ("push",) if i else ())
-        for i, frames in enumerate(episodes((3, 2, 4), size=4))
-    ]
-
-
-def rows_of(batch):
-    return [episode_rows(e, "top", np.full((e.num_steps - 1, 2), int(e.episode_id[1:]))) for e in batch]
-
-
-def test_labels_round_trip(tmp_path):
-    assert write_labels(tmp_path / "labels", manifest(), recordings(), rows_of) == 2 + 1 + 3
-    table = read_labels(tmp_path / "labels")
-    assert table["episode_id"][:] == ["e0"] * 2 + ["e1"] + ["e2"] * 3
-    assert table["step"][:] == [0, 1, 0, 0, 1, 2]
-    assert table["latent_action_codes"][:] == [[0, 0]] * 2 + [[1, 1]] + [[2, 2]] * 3
-    assert table["instruction"][:] == [None, None] + ["push"] * 4
-    assert np.array_equal(np.asarray(table[4]["image"]), recordings()[2].frame("top", 1)), "PNG keeps every pixel"
-    assert LabelManifest.load(tmp_path / "labels") == manifest()
-    assert not list((tmp_path / "labels").glob("*.tmp*"))
-
-
-def test_an_interrupted_run_goes_on(tmp_path):
-    def interrupted(batch):
-        if batch[0].episode_id == "e2":
-            raise KeyboardInterrupt
-        return rows_of(batch)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_labels(tmp_path, manifest(), recordings(), interrupted)
-    labelled = []
-    assert (
-        write_labels(tmp_path, manifest(), recordings(), lambda batch: labelled.append(batch) or rows_of(batch)) == 6
-    )
-    assert [[episode.episode_id for episode in batch] for batch in labelled] == [["e2"]]
-
-
-def test_label_folders_never_mix(tmp_path):
-    write_labels(tmp_path / "labels", manifest(), recordings(), rows_of)
-    with pytest.raises(ValueError, match="another quantizer_hash"):
-        write_labels(tmp_path / "labels", manifest(quantizer_hash="1"), recordings(), rows_of)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no labels"):
-        write_labels(tmp_path / "other", manifest(), recordings(), rows_of)
-    with pytest.raises(ValueError, match="no pair of frames"):
-        write_labels(tmp_path / "empty", manifest(), [], rows_of)
-    (tmp_path / "labels" / "labels.json").write_text(json.dumps({"camera": "top"}))
-    with pytest.raises(ValueError, match="damaged"):
-        read_labels(tmp_path / "labels")
 
 
 def test_hash_names_the_weights(quantizer, tmp_path):

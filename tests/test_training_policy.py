@@ -178,6 +178,24 @@ def test_precomputed_image_codes_train_the_same(tmp_path):
         assert torch.equal(ours, theirs), name
 
 
+def test_image_codes_do_not_depend_on_mixed_precision(tmp_path):
+    seen = []
+    for precision in ({}, {"bf16": True}):
+        trainer = latent_trainer(tmp_path, max_steps=1, **precision)
+        original = trainer.model.model.fill_vision_codes
+
+        def fill(input_ids, codes, original=original):
+            seen.append(codes.clone())
+            return original(input_ids, codes)
+
+        trainer.model.model.fill_vision_codes = fill
+        trainer.train()
+    assert len(seen) == 2 and torch.equal(*seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = next(iter(trainer.get_train_dataloader()))["pixel_values"]
+        assert not torch.equal(trainer.model.model.encode_images(images), seen[0]), "autocast would change them"
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -57,7 +57,7 @@ def chain(tmp_path_factory, bridge):
     # The command line wins over the recipe.
     assert scripts.train_quantizer([*quantizer, "--max_steps", "3", "--num_sample_reconstructions", "1", *CPU]) == 0
     label = ["--model", str(folder / "quantizer"), "--data", bridge, "--output", str(folder / "labels")]
-    assert scripts.label([*label, "--episodes_per_shard", "10", "--device", "cpu"]) == 0
+    assert scripts.label([*label, "--episodes_per_unit", "10", "--device", "cpu"]) == 0
     pretrain = [
         "--data", str(folder / "labels"), "--output_dir", str(folder / "policy"),
         "--policy_config", json.dumps({"text_config": TEXT}), "--vision_tokenizer", str(folder / "vision"),
@@ -89,12 +89,12 @@ def test_quantizer_folder(chain):
 
 def test_labels_cover_every_step_with_a_frame_gap_later(chain):
     table = read_labels(chain / "labels")
-    assert len(list((chain / "labels").glob("labels-*.parquet"))) == 3
+    assert len(list((chain / "labels").glob("data/labels-*.parquet"))) == 3
     # 25 episodes of 10 steps; the last 3 frames of an episode have no partner.
     assert len(table) == 25 * 7
     codes = np.asarray(table["latent_action_codes"][:])
     assert codes.shape == (175, 4) and codes.min() >= 0 and codes.max() < 8
-    assert table[6]["step"] == 6 and table[7]["step"] == 0
+    assert table[6]["step_index"] == 6 and table[7]["step_index"] == 0
     assert np.asarray(table[0]["image"]).shape == (64, 64, 3)
 
 
@@ -123,7 +123,9 @@ CHUNKS = ["--action_horizon", "3", "--past_end", "mask", "--use_proprio", "true"
 
 
 @pytest.mark.parametrize(
-    "lora", [[], ["--use_peft", "--lora_r", "4"], STREAMED, CHUNKS], ids=["full", "lora", "streamed", "chunks"]
+    "lora",
+    [[], ["--use_peft", "--lora_r", "4"], ["--use_peft", "--use_dora"], STREAMED, CHUNKS],
+    ids=["full", "lora", "dora", "streamed", "chunks"],
 )
 def test_finetuned_policy_acts(chain, bridge, tmp_path, lora):
     assert finetune(chain, bridge, tmp_path / "robot", "--eval_episodes", "2", *lora) == 0
@@ -354,7 +356,7 @@ def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):
         (["--frame_gap", "3", "--frame_gap_seconds", "0.6"], "exclude each other"),
         (["--eval_pairs", "0"], "eval_pairs"),
         (["--max_steps", "-1"], "max_steps"),
-        (["--on_error", "ignore"], "ignore"),
+        (["--max_skipped", "2"], "max_skipped"),
         (["--quantizer_config", '{"hiden_size": 3}'], "hiden_size"),
         (["--quantizer_config", '{"hidden_size": "big"}'], "hidden_size"),
         (["--eval_episodes", "25"], "eval_episodes"),
@@ -388,22 +390,65 @@ def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys
     tokenizer = str(shared_path("fixtures/tokenizer/tiny.tokenizer.model"))
     fresh = ["--vision_tokenizer", str(chain / "vision"), "--tokenizer", tokenizer, "--policy_config", sizes]
     assert "latent_vocab_size" in error_of(capsys, scripts.pretrain([*arguments, *fresh]))
+    wrong = ["--model", str(chain / "quantizer")]
+    assert "'lapa' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--vision_tokenizer", str(chain / "quantizer"), "--tokenizer", tokenizer]
+    assert "'lapa_vision_tokenizer' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--model", str(chain / "policy"), "--quantizer", str(chain / "policy")]
+    assert "'lapa_quantizer' is needed" in error_of(capsys, scripts.pretrain([*arguments, *wrong]))
+    wrong = ["--model", str(chain / "policy"), "--data", bridge, "--output_dir", str(tmp_path / "quantizer")]
+    assert "'lapa_quantizer' is needed" in error_of(capsys, scripts.train_quantizer(wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_lineage_is_recorded_checked_and_printed(chain, bridge, tmp_path, capsys):
+    labels = ["--data", str(chain / "labels"), "--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+    labels += ["--cache_vision_codes", "false"]
+    named = ["--model", str(chain / "policy"), "--quantizer", str(chain / "quantizer")]
+    assert scripts.pretrain([*labels, *named, "--output_dir", str(tmp_path / "policy")]) == 0
+    latent = LapaForLatentAction.from_pretrained(tmp_path / "policy").config
+    assert (latent.quantizer_hash, latent.quantizer_name) == (hash_weights(chain / "quantizer"), "quantizer")
+    finetuning = ["--data", bridge, "--num_bins", "16", "--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+    finetuning += ["--cache_vision_codes", "false"]
+    for model, output in (("policy", "robot"), ("robot", "again")):
+        folders = ["--model", str(tmp_path / model), "--output_dir", str(tmp_path / output)]
+        assert scripts.finetune([*finetuning, *folders]) == 0
+        config = LapaForActionPrediction.from_pretrained(tmp_path / output).config
+        # The latent-pretrained model stays on record when a finetuned one is finetuned.
+        assert config.latent_policy_hash == hash_weights(tmp_path / "policy") and config.latent_policy_name == "policy"
+        assert config.quantizer_hash == latent.quantizer_hash
+    card = (export(tmp_path / "again", tmp_path / "hub") / "README.md").read_text()
+    assert f"from the quantizer `quantizer`, whose weights have SHA-256 `{latent.quantizer_hash}`" in card
+    assert f"latent-pretrained model `policy`, whose weights have SHA-256 `{config.latent_policy_hash}`" in card
+    # Another quantizer of the same sizes: its codes mean something else.
+    other = LapaQuantizer.from_pretrained(chain / "quantizer")
+    torch.nn.init.normal_(next(other.parameters()))
+    other.save_pretrained(tmp_path / "other")
+    wrong = ["--model", str(chain / "policy"), "--quantizer", str(tmp_path / "other")]
+    code = scripts.pretrain([*labels, *wrong, "--output_dir", str(tmp_path / "out")])
+    assert "is the quantizer" in error_of(capsys, code)
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**config, "quantizer_hash": "c0ffee"}))
+    learned = ["--model", str(tmp_path / "policy"), "--output_dir", str(tmp_path / "out")]
+    assert "pass `replace_quantizer`" in error_of(capsys, scripts.pretrain([*labels, *learned]))
+    assert scripts.pretrain([*labels, *learned, "--replace_quantizer", "true"]) == 0
+    assert LapaForLatentAction.from_pretrained(tmp_path / "out").config.quantizer_hash == latent.quantizer_hash
+    assert LapaForLatentAction.from_pretrained(tmp_path / "out").config.quantizer_name is None
 
 
 def test_labels_go_on_and_never_mix(chain, bridge, tmp_path, capsys):
     output = tmp_path / "labels"
     arguments = ["--model", str(chain / "quantizer"), "--data", bridge, "--output", str(output), "--device", "cpu"]
-    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
-    shards = sorted(output.glob("labels-*.parquet"))
+    assert scripts.label([*arguments, "--episodes_per_unit", "10"]) == 0
+    shards = sorted(output.glob("data/labels-*.parquet"))
     contents = [path.read_bytes() for path in shards]
     times = [path.stat().st_mtime_ns for path in shards]
     shards[1].unlink()
-    assert scripts.label([*arguments, "--episodes_per_shard", "10"]) == 0
+    assert scripts.label([*arguments, "--episodes_per_unit", "10"]) == 0
     assert [path.read_bytes() for path in shards] == contents
     assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True]
     capsys.readouterr()
-    code = scripts.label([*arguments, "--episodes_per_shard", "10", "--frame_gap", "2"])
+    code = scripts.label([*arguments, "--episodes_per_unit", "10", "--frame_gap", "2"])
     assert "frame_gap" in error_of(capsys, code)
 
 

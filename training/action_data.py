@@ -151,7 +151,9 @@ def _statistics(
     # Weights make no difference to them. Through JSON, as they are compared with what was read from it.
     made_of = json.loads(json.dumps([{**part.description(), "weight": None} for part in parts]))
     found = _saved_statistics(folder, made_of)
-    if found is not None:
+    # All or none: where each machine has files of its own, some processes may have found them and others not.
+    everywhere = all(gather_object([found is not None]))
+    if found is not None and everywhere:
         return found
     found = {}
     for source in sources:

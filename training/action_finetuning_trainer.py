@@ -1,7 +1,5 @@
 """Stage 3: finetuning the latent-pretrained policy on real actions, whole or through LoRA."""
 
-import copy
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,48 +14,13 @@ from lapa.data.action_stream import ActionStepStream
 from lapa.data.labelled_steps import labelled_parts
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
 from lapa.processing.processing_lapa import LapaProcessor
+from lapa.training.adapters import add_lora, merged, save_model_config
 from lapa.training.arguments import LapaActionFinetuningArguments
 from lapa.training.metrics import action_error, mean_action_error, per_dimension, token_accuracy
 from lapa.training.policy_trainer import LapaPolicyTrainer
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-
-
-def add_lora(model: LapaForActionPrediction, peft_config: "LoraConfig") -> "PeftModel":
-    """
-    Wraps a policy for LoRA with its new rows trained whole.
-
-    The adapters go where `peft_config.target_modules` says (all linear layers of the trunk when None); the action rows
-    of the embedding and of the head, which start from noise, are trained directly. All else stays as it is. The config
-    itself is not changed.
-
-    Args:
-        model: An action policy.
-        peft_config: peft's `LoraConfig`.
-
-    Raises:
-        ValueError: `trainable_token_indices` or `modules_to_save` of one's own for the embedding or the head.
-    """
-    from peft import get_peft_model
-
-    peft_config = copy.deepcopy(peft_config)
-    taken = {"embed_tokens", "lm_head"} & set(peft_config.modules_to_save or ())
-    if peft_config.trainable_token_indices is not None or taken:
-        raise ValueError(
-            "`peft_config` must leave `trainable_token_indices` and `modules_to_save` of embed_tokens and lm_head "
-            "alone: the action rows are trained in any case, the others stay."
-        )
-    rows = list(range(*model.config.segment("action")))
-    peft_config.trainable_token_indices = {"embed_tokens": rows, "lm_head": rows}
-    if peft_config.target_modules is None:
-        peft_config.target_modules = "all-linear"
-    if model.model.vision_tokenizer is not None and peft_config.exclude_modules is None:
-        peft_config.exclude_modules = r".*vision_tokenizer.*"
-    wrapped = get_peft_model(model, peft_config)
-    # The adapter holds the rows it trains. Left to itself peft sees a table that grew and saves all of it as well.
-    wrapped.save_pretrained = functools.partial(wrapped.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
-    return wrapped
+    from peft import LoraConfig
 
 
 class LapaActionFinetuningTrainer(LapaPolicyTrainer):
@@ -83,7 +46,8 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         train_dataset, eval_dataset: `LabelledStepDataset` with actions.
         processor: Has the bins of `unnorm_key`. It is saved beside the model, asking for actions.
         unnorm_key: Which bins; None is allowed where the processor has exactly one set.
-        peft_config: peft's `LoraConfig` for LoRA, see `add_lora`; None trains all weights.
+        peft_config: peft's `LoraConfig` for LoRA or DoRA, see `add_lora`; None trains all weights. With a model whose
+            trunk is quantised (`lapa.training.adapters.quantization_config`) it is QLoRA.
         callbacks: Further callbacks.
         kwargs: Further arguments of [`~transformers.Trainer`].
     """
@@ -104,6 +68,8 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         **kwargs: Any,
     ) -> None:
         self.unnorm_key = unnorm_key
+        if args.latent_loss_weight is not None:
+            model.config.latent_loss_weight = args.latent_loss_weight
         if processor is not None:
             self._check_processor(model.config, processor)
             # With several sets of bins in use the processor says per request which bins there are.
@@ -112,7 +78,11 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
             zeros = [0] * (model.config.action_dim - len(num_bins))
             model.config.action_num_bins = [*num_bins, *zeros] if one_set else None
         if peft_config is not None:
-            model = add_lora(model, peft_config)
+            model = add_lora(model, peft_config, args.activation_checkpointing)
+        elif getattr(model, "is_quantized", False):
+            raise ValueError(
+                "a quantised model is trained through an adapter only: give a `peft_config` (`use_peft`)."
+            )
         super().__init__(model, args, train_dataset, eval_dataset, processor, callbacks, **kwargs)
 
     @staticmethod
@@ -150,6 +120,8 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         for row, key in enumerate(keys):
             num_bins = self._num_bins(key)
             true = labels[row, is_action[row]] - start
+            if not len(true) and config.keep_latent_head:
+                continue  # an example of latent codes
             if len(true) != horizon * len(num_bins):
                 raise ValueError(
                     f"evaluation needs {horizon} x {len(num_bins)} action tokens (`action_horizon` x dimensions of "
@@ -163,11 +135,11 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
             target[row].view(horizon, -1)[:, : len(num_bins)] = true.clamp(min=-1).view(horizon, -1).float()
             predicted[row].view(horizon, -1)[: len(best), : len(num_bins)] = best.float()
         index = torch.tensor([[self._eval_keys.index(key)] for key in keys], device=ids.device).float()
-        parts = [index, predicted, target]
+        actions = torch.full((len(ids), horizon, config.action_dim), float("nan"), device=ids.device)
         if "action" in inputs:
-            actions = inputs["action"].float().view(len(ids), horizon, -1)
-            lacking = config.action_dim - actions.shape[2]
-            parts.append(nn.functional.pad(actions, (0, lacking), value=float("nan")).flatten(1))
+            known = inputs["action"].float().view(len(ids), horizon, -1)
+            actions[..., : known.shape[2]] = known
+        parts = [index, predicted, target, actions.flatten(1)]
         self._eval_rows.append(self.accelerator.gather_for_metrics(torch.cat(parts, dim=1).contiguous()).cpu())
 
     def _keys_of(self, inputs: dict[str, Any]) -> list[str | None]:
@@ -175,7 +147,7 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         given = inputs.get("unnorm_key")
         if self.processor is None:
             return [None] * len(inputs["labels"])
-        return list(given) if given else [self.unnorm_key] * len(inputs["labels"])
+        return [key or self.unnorm_key for key in given or [None] * len(inputs["labels"])]
 
     def _num_bins(self, key: str | None) -> list[int]:
         if self.processor is None:
@@ -202,6 +174,7 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         config = self.policy.config
         rows = torch.cat(self._eval_rows).numpy()
         size = config.action_horizon * config.action_dim
+        rows = rows[(rows[:, 1 + size : 1 + 2 * size] >= 0).any(1)]  # those with actions
         table = rows[:, 1:].reshape(len(rows), -1, config.action_horizon, config.action_dim)
         keys = np.unique(rows[:, 0].astype(int))
         metrics: dict[str, float] = {}
@@ -215,12 +188,12 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
         return metrics
 
     def _metrics_of(self, key: str | None, table: NDArray[np.float32]) -> dict[str, float]:
-        """Metrics of one set of bins from (num_rows, 2 or 3, action_horizon, action_dim): predicted, true, actions."""
+        """Metrics of one set of bins from (num_rows, 3, action_horizon, action_dim): predicted, true, physical actions."""
         table = table[..., : len(self._num_bins(key))]
         valid = table[:, 1, :, 0] >= 0
         predicted, target = table[:, 0].astype(int), table[:, 1].astype(int)
         metrics = per_dimension("token_accuracy", token_accuracy(predicted[valid], target[valid]))
-        if self.processor is None or table.shape[1] < 3:
+        if self.processor is None or np.isnan(table[:, 2][valid]).any():
             return metrics
         decoded = self.processor.decode_actions(np.maximum(predicted, 0), key)
         metrics |= per_dimension("action_error", action_error(decoded[valid], table[:, 2][valid]))
@@ -250,12 +223,16 @@ class LapaActionFinetuningTrainer(LapaPolicyTrainer):
 
     def save_merged(self, output_dir: str | None = None) -> None:
         """Saves model and processor as a plain checkpoint; a LoRA run is merged first and cannot train on after it."""
-        if self.args.merge_adapter and not isinstance(
-            self.accelerator.unwrap_model(self.model), LapaForActionPrediction
-        ):
-            merged = self.accelerator.unwrap_model(self.model).merge_and_unload()
-            self.model = self.model_wrapped = merged
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.merge_adapter and not isinstance(model, LapaForActionPrediction):
+            self.model = self.model_wrapped = merged(model)
         self.save_model(output_dir)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and not isinstance(model, LapaForActionPrediction):
+            save_model_config(model, output_dir or self.args.output_dir)
 
-__all__ = ["LapaActionFinetuningTrainer", "add_lora"]
+
+__all__ = ["LapaActionFinetuningTrainer", "add_lora", "merged"]

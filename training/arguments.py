@@ -206,9 +206,22 @@ class LapaLatentPretrainingArguments(LapaPolicyTrainingArguments):
         > Parameters whose defaults differ from LapaPolicyTrainingArguments
 
         max_steps (`int`, defaults to `70000`).
+
+        > Parameters that control the loss
+
+        text_loss_weight (`float`, *optional*):
+            Share of the text loss; the latent loss has the rest. As in the model's config (published: 0.01) when None.
     """
 
     max_steps: int = field(default=70_000, metadata={"help": "Steps to train; -1 counts in `num_train_epochs`."})
+    text_loss_weight: float | None = field(
+        default=None, metadata={"help": "Share of the text loss, in [0, 1]; as in the model by default."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_loss_weight is not None and not 0 <= self.text_loss_weight <= 1:
+            raise ValueError(f"`text_loss_weight` must lie in [0, 1], got {self.text_loss_weight}.")
 
 
 @dataclass
@@ -224,6 +237,12 @@ class LapaActionFinetuningArguments(LapaPolicyTrainingArguments):
             Whether the final folder of a LoRA run holds the merged model; otherwise the adapter alone. Checkpoints
             hold the adapter.
 
+        > Parameters that control the loss
+
+        latent_loss_weight (`float`, *optional*):
+            What the latent loss is multiplied with before it is added to the action loss, where the policy keeps its
+            latent head and the data hold latent codes. As in the model's config (1.0) when None.
+
         > Parameters whose defaults differ from LapaPolicyTrainingArguments
 
         max_steps (`int`, defaults to `2000`).
@@ -231,6 +250,15 @@ class LapaActionFinetuningArguments(LapaPolicyTrainingArguments):
 
     max_steps: int = field(default=2000, metadata={"help": "Steps to train; -1 counts in `num_train_epochs`."})
     merge_adapter: bool = field(default=True, metadata={"help": "Save a LoRA run as a merged model."})
+    latent_loss_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the latent loss beside the action loss; as in the model by default."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_loss_weight is not None and not self.latent_loss_weight >= 0:
+            raise ValueError(f"`latent_loss_weight` must be at least 0, got {self.latent_loss_weight}.")
 
 
 __all__ = [

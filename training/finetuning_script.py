@@ -50,9 +50,11 @@ def _file_datasets(
 
         assert train.actions is not None
         processor.fit_actions(train.actions, key, script_args.num_bins, gripper_dimension(script_args))
-    return tuple(
-        None if part is None else step_dataset(part, processor, policy, True, unnorm_key=key) for part in (train, held)
-    )
+    return _in_memory(train, processor, policy, key), _in_memory(held, processor, policy, key)
+
+
+def _in_memory(columns: "StepColumns | None", processor: "LapaProcessor", policy: Any, key: str) -> Any:
+    return None if columns is None else step_dataset(columns, processor, policy, True, unnorm_key=key)
 
 
 def _source_datasets(
@@ -65,18 +67,32 @@ def _source_datasets(
     data.set_statistics(processor)
     window = ActionWindow(processor.action_horizon, script_args.past_end)
     if data.fits_memory(window, processor.use_proprio):
-        is_main = training_args.process_index == 0
         (key,) = data.statistics
-        return tuple(
-            None if columns is None else step_dataset(columns, processor, policy, True, unnorm_key=key)
-            for columns in data.columns(training_args.output_dir, is_main)
-        )
+        train, held = data.columns(training_args.output_dir, training_args.process_index == 0)
+        return _in_memory(train, processor, policy, key), _in_memory(held, processor, policy, key)
     if policy.model.vision_tokenizer is None:
         raise ValueError("the policy has no vision tokenizer, so it cannot train on images: give rows of image codes.")
     encoder = ActionStepEncoder(processor, LapaImageAugmentation() if script_args.augmentation else None)
-    stream, held = data.stream(encoder, window, processor.use_proprio, training_args)
+    stream, sample = data.stream(encoder, window, processor.use_proprio, training_args)
     stream.mean_actions = {key: entry.action.mean for key, entry in data.statistics.items()}
-    return stream, held
+    return stream, sample
+
+
+def _quantization(model_args: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told of `load_in_4bit` and the like."""
+    from lapa.training.adapters import quantization_config
+
+    config = quantization_config(
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        quant_type=model_args.bnb_4bit_quant_type,
+        nested=model_args.use_bnb_nested_quant,
+    )
+    if config is None:
+        return {}
+    if not model_args.use_peft:
+        raise ValueError("`load_in_4bit` and `load_in_8bit` need `use_peft`: a quantised trunk takes adapters only.")
+    return {"quantization_config": config}
 
 
 def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args: Any) -> None:
@@ -88,14 +104,14 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.action_data import open_action_data
     from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
+    from lapa.training.lineage import record_latent_policy
     from lapa.training.sources import jsonl_steps
 
     check_output(training_args)
     check_evaluation(training_args, script_args.eval_episodes)
     if model_args.model_name_or_path is not None:
         raise ValueError("`model_name_or_path` is called `model` here.")
-    if model_args.load_in_8bit or model_args.load_in_4bit:
-        raise ValueError("`load_in_8bit` and `load_in_4bit` are not supported in finetuning yet.")
+    quantization = _quantization(model_args)
     check_checkpoint(script_args.model, "lapa")
     set_seed(training_args.seed)
     source_config = LapaConfig.from_pretrained(script_args.model)
@@ -116,8 +132,9 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     sizes = _action_sizes(script_args, source_config, action_dim)
     processor = LapaProcessor.from_pretrained(script_args.model)
     policy = LapaForActionPrediction.from_pretrained(
-        script_args.model, **sizes, **load_options(model_args.dtype, model_args.attn_implementation)
+        script_args.model, **sizes, **quantization, **load_options(model_args.dtype, model_args.attn_implementation)
     )
+    record_latent_policy(policy.config, script_args.model)
     for name in ("action_dim", "action_vocab_size", "action_horizon", "use_proprio"):
         setattr(processor, name, getattr(policy.config, name))
     if script_args.augmentation:

@@ -1,11 +1,7 @@
 """Between stages 1 and 2: the quantizer's encoder labels every step of a video with latent action codes."""
 
 import hashlib
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,17 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from lapa.data.atomic_files import write_atomically
 from lapa.data.frame_pairs import FramePairCollator, FramePairDataset, Frames
-from lapa.data.schema import Episode
+from lapa.data.label_table import LabelFolder
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer, LapaQuantizerEncoder
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 from lapa.processing.image_processing_lapa import LapaImageProcessor
 
-MANIFEST = "labels.json"
 # Bytes of a file read at a time when it is hashed.
 HASH_CHUNK = 1 << 20
 
@@ -182,177 +177,26 @@ def hash_weights(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class LabelManifest:
-    """
-    What a folder of labels was made with.
-
-    Args:
-        quantizer_hash (`str`): `hash_weights` of the quantizer.
-        codebook_size, num_latent_tokens (`int`): Its sizes.
-        frame_gap (`int`, *optional*), frame_gap_seconds (`float`, *optional*): Which pairs were encoded.
-        camera (`str`, *optional*): Camera of the episodes.
-        source (`str`): Where the episodes come from.
-        episodes_per_shard (`int`): Episodes in each file.
-    """
-
-    quantizer_hash: str
-    codebook_size: int
-    num_latent_tokens: int
-    frame_gap: int | None
-    frame_gap_seconds: float | None
-    camera: str | None
-    source: str
-    episodes_per_shard: int
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `labels.json`."""
-        write_atomically(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2).encode())
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "LabelManifest":
-        """
-        Reads `labels.json`.
-
-        Raises:
-            ValueError: A folder without it, or one that is damaged.
-        """
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no labels: it has no {MANIFEST}. `lapa label` writes it.")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _png(frame: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def episode_rows(episode: Episode, camera: str, codes: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-    """Rows of one episode, one per labelled step; the image as PNG."""
-    for step, step_codes in enumerate(codes):
-        yield {
-            "episode_id": episode.episode_id,
-            "source": episode.source,
-            "step": step,
-            "instruction": episode.instruction,
-            "latent_action_codes": step_codes.tolist(),
-            "image": {"bytes": _png(episode.frame(camera, step)), "path": None},
-        }
-
-
-def write_labels(
-    output: str | Path,
-    manifest: LabelManifest,
-    episodes: Iterable[Episode],
-    label: Callable[[list[Episode]], Iterable[Iterable[dict[str, Any]]]],
-) -> int:
-    """
-    Labels episodes shard by shard into `labels-00000.parquet`, `labels-00001.parquet`, ... and `labels.json`.
-
-    Shards are written whole or not at all. A second run with the same settings goes on after the last one.
-
-    Args:
-        output: Folder, made if need be.
-        manifest: Settings of the run.
-        episodes: In an order that does not change between runs.
-        label: Rows of each episode of a shard.
-
-    Returns:
-        How many rows the folder holds.
-
-    Raises:
-        ValueError: A folder that holds something else, or labels made with other settings.
-    """
-    import pyarrow.parquet as parquet
-    from datasets import Dataset as TableDataset
-    from datasets import Features, Image, List, Value
-
-    folder = Path(output)
-    features = Features(
-        {
-            "episode_id": Value("string"),
-            "source": Value("string"),
-            "step": Value("int64"),
-            "instruction": Value("string"),
-            "latent_action_codes": List(Value("int64")),
-            "image": Image(),
-        }
-    )
-    _check_label_folder(folder, manifest)
-    num_rows = 0
-    for shard, batch in enumerate(_batches(episodes, manifest.episodes_per_shard)):
-        path = folder / f"labels-{shard:05d}.parquet"
-        if not path.exists():
-            rows = [row for episode in label(batch) for row in episode]
-            table = TableDataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
-            buffer = io.BytesIO()
-            table.to_parquet(buffer)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / MANIFEST).exists():
-                manifest.save(folder)
-            write_atomically(path, buffer.getvalue())
-        num_rows += parquet.read_metadata(path).num_rows
-    if not num_rows:
-        raise ValueError(
-            f"{manifest.source} gave no pair of frames to label: no episode is longer than the frame gap."
-        )
-    return num_rows
-
-
-def _check_label_folder(folder: Path, manifest: LabelManifest) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"`output` is a file: {folder}.")
-    if not any(folder.iterdir()):
-        return
-    earlier = LabelManifest.load(folder)
-    if earlier != manifest:
-        different = [name for name, value in asdict(manifest).items() if asdict(earlier)[name] != value]
-        raise ValueError(
-            f"`output` ({folder}) holds labels made with another {', '.join(different)}: name a new folder."
-        )
-
-
 def read_labels(folder: str | Path) -> Any:
     """
-    Labels that `write_labels` wrote, as a `datasets.Dataset` whose images decode when they are read.
+    A local folder that `lapa label` wrote, as a `datasets.Dataset` whose images decode when they are read.
 
     Raises:
-        ValueError: A folder without labels.
+        ValueError: A folder without labels, or with units missing.
     """
     from datasets import load_dataset
 
-    LabelManifest.load(folder)
-    files = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
-    if not files:
-        raise ValueError(f"{folder} holds no labels: it has {MANIFEST}, but no labels-*.parquet.")
+    labels = LabelFolder(folder)
+    files = [str(Path(folder) / file) for file in labels.files]
     return load_dataset("parquet", data_files=files, split="train")
 
 
 __all__ = [
-    "LabelManifest",
     "check_has_codes",
     "encode_images",
-    "episode_rows",
     "hash_weights",
     "label_episodes",
     "label_latent_actions",
     "read_labels",
-    "write_labels",
+    "write_atomically",
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -14,6 +15,7 @@ from lapa.data.labelled_steps import LabelledStepDataset, labelled_parts
 from lapa.modeling_lapa.modeling_lapa import LapaForTokenPrediction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.training.arguments import LapaPolicyTrainingArguments
+from lapa.training.closed_loop import ClosedLoopCallback
 from lapa.training.metrics_trainer import MetricsTrainer
 from lapa.training.safe_checkpoints import SafeCheckpoints
 
@@ -25,9 +27,9 @@ class ActionCollator(LapaTrainingCollator):
     """
     `LapaTrainingCollator` that lets through what examples say of themselves.
 
-    `action` ([action_horizon,] action_dim) becomes (batch, [action_horizon,] action_dim) float32, NaN for dimensions that
-    another example has and this one lacks; `unnorm_key` and `example_id` become lists of strings. Each goes along where
-    every example that is kept has it.
+    `action` ([action_horizon,] action_dim) becomes (batch, [action_horizon,] action_dim) float32, NaN for what another
+    example has and this one lacks; `unnorm_key` and `example_id` become lists of strings, empty where there is none. Each
+    goes along where any example that is kept has it.
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -35,16 +37,20 @@ class ActionCollator(LapaTrainingCollator):
         kept = [example for example in examples if self._fits(example)]
         batch: dict[str, Any] = super().__call__(kept)
         for name in DESCRIBING_KEYS:
-            if all(name in example for example in kept):
-                values = [example[name] for example in kept]
-                batch[name] = _stack_actions(values) if name == "action" else [str(value) for value in values]
+            if any(name in example for example in kept):
+                values = [example.get(name) for example in kept]
+                batch[name] = _stack_actions(values) if name == "action" else [str(value or "") for value in values]
         return batch
 
 
 def _stack_actions(actions: Sequence[Any]) -> torch.Tensor:
-    rows = [torch.as_tensor(action).float() for action in actions]
-    width = max(row.shape[-1] for row in rows)
-    return torch.stack([nn.functional.pad(row, (0, width - row.shape[-1]), value=math.nan) for row in rows])
+    known = [torch.as_tensor(action).float() for action in actions if action is not None]
+    widest = max(known, key=lambda row: row.shape[-1])
+    rows = [torch.full_like(widest, math.nan) for _ in actions]
+    for row, action in zip(rows, actions):
+        if action is not None:
+            row[..., : np.shape(action)[-1]] = torch.as_tensor(action)
+    return torch.stack(rows)
 
 
 class _StartEpoch(TrainerCallback):
@@ -72,7 +78,7 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         args: Training arguments.
         train_dataset, eval_dataset: `LabelledStepDataset`, or anything that gives what its items hold.
         processor: Encodes the examples; saved beside the model.
-        callbacks: Further callbacks.
+        callbacks: Further callbacks, such as `ClosedLoopCallback`.
         kwargs: Further arguments of [`~transformers.Trainer`].
     """
 
@@ -117,6 +123,9 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         if parts := labelled_parts(train_dataset):
             self.add_callback(_StartEpoch(parts))
         self.processor = processor
+        for callback in callbacks or ():
+            if isinstance(callback, ClosedLoopCallback):
+                callback.trainer = self
         # Examples whose gradients are being accumulated, and those of the last finished step.
         self._batch_ids: list[str] = []
         self._finished_ids: list[str] = []
@@ -156,9 +165,16 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
             self._means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    @staticmethod
-    def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in DESCRIBING_KEYS}
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch, images as their codes."""
+        kept = {name: value for name, value in inputs.items() if name not in DESCRIBING_KEYS}
+        if "pixel_values" in kept:
+            # Here and not in the model's forward, where mixed precision would round the image and the tokenizer's sums:
+            # the codes must be those that the finished policy sees.
+            pixel_values = kept.pop("pixel_values")
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                kept["vision_codes"] = self.policy.model.encode_images(pixel_values)
+        return kept
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)

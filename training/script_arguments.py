@@ -142,38 +142,85 @@ class QuantizerArguments(SourceArguments):
             raise ValueError(f"`action_share` must lie in (0, 1], got {self.action_share}.")
 
 
-@dataclass
-class LabelArguments:
+@dataclass(kw_only=True)
+class LabelArguments(SourceArguments):
     """
     Arguments of `lapa label`.
 
     Args:
         model (`str`): Quantizer folder.
-        data (`str`): RLDS folder.
-        output (`str`): Folder to write. A second run goes on after the last complete shard.
-        split, camera, frame_gap, frame_gap_seconds, frequency: As in `QuantizerArguments`; what is not said is as the
-            quantizer was trained.
+        output (`str`): Folder to write. A second run goes on after the units that are there.
+        data, kind, split, camera, frame_gap, frame_gap_seconds, frequency, filters, on_error, max_skipped: As in
+            `SourceArguments`; gap, frequency and camera that are not said are those the quantizer was trained with.
+        format (`str`): `parquet` (a Hugging Face data set), or `jsonl` (published files; needs `vision_tokenizer`).
+        vision_tokenizer (`str`, *optional*): Folder of a vision tokenizer or of a policy: rows get its codes.
+        action (`bool`): Whether rows get the action, where the data have any.
+        image_size (`int`, *optional*): Side of the stored images; as they are recorded by default.
+        image_quality (`int`): Of stored JPEG images, 1 to 100.
+        keep_jpeg (`bool`): Whether frames that are recorded as JPEG are stored as they are.
         batch_size (`int`): Pairs encoded at a time.
-        episodes_per_shard (`int`): Episodes per file.
-        device (`str`, *optional*): Where the quantizer runs; a GPU if there is one.
+        episodes_per_unit (`int`): Most episodes of a file.
+        num_threads (`int`): Of torch. Fixed, so that codes do not depend on the machine; more processes are the way to
+            use more cores.
+        device (`str`, *optional*): Where the models run (`cpu`, `cuda`); a GPU if there is one.
+        dtype (`str`): Number format of the models.
+        compile (`bool`): Whether the quantizer is compiled.
+        num_workers (`int`): Processes that read and decode ahead of the models.
+        shard_index, num_shards (`int`): Which part of the work this job does, of how many jobs (array jobs). Under
+            `torchrun` each part is divided further among the processes.
+        push_to_hub (`str`, *optional*): Data set repository that the complete folder is uploaded to.
+        private (`bool`): Whether a repository that is made is private.
+        license (`str`, *optional*): Licence of the labels in the card, as the Hub names it.
     """
 
     model: str = field(metadata={"help": "Quantizer folder."})
-    data: str = field(metadata={"help": "RLDS folder."})
     output: str = field(metadata={"help": "Folder to write."})
-    split: str = field(default="train", metadata={"help": "Split to read."})
-    camera: str | None = field(default=None, metadata={"help": "Camera; the quantizer's by default."})
-    frame_gap: int | None = field(default=None, metadata={"help": "Frames between the two of a pair."})
-    frame_gap_seconds: float | None = field(default=None, metadata={"help": "The gap in seconds instead."})
-    frequency: float | None = field(default=None, metadata={"help": "Control steps per second of the data."})
+    format: str = field(
+        default="parquet", metadata={"help": "A data set, or published files.", "choices": ["parquet", "jsonl"]}
+    )
+    vision_tokenizer: str | None = field(
+        default=None, metadata={"help": "Vision tokenizer or policy folder: rows get its codes."}
+    )
+    action: bool = field(default=True, metadata={"help": "Whether rows get the action, where there is one."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of stored images; as recorded by default."})
+    image_quality: int = field(default=95, metadata={"help": "Of stored JPEG images, 1 to 100."})
+    keep_jpeg: bool = field(default=True, metadata={"help": "Store frames that are JPEG already as they are."})
     batch_size: int = field(default=64, metadata={"help": "Pairs encoded at a time."})
-    episodes_per_shard: int = field(default=256, metadata={"help": "Episodes per file."})
-    device: str | None = field(default=None, metadata={"help": "Where the quantizer runs."})
+    episodes_per_unit: int = field(default=256, metadata={"help": "Most episodes of a file."})
+    num_threads: int = field(default=1, metadata={"help": "Threads of torch, the same for all processes."})
+    device: str | None = field(default=None, metadata={"help": "Where the models run; a GPU if there is one."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Number format of the models.", "choices": ["float32", "bfloat16", "float16"]},
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile the quantizer."})
+    num_workers: int = field(default=2, metadata={"help": "Processes that read ahead of the models."})
+    shard_index: int = field(default=0, metadata={"help": "Which array job this is, from 0."})
+    num_shards: int = field(default=1, metadata={"help": "How many array jobs there are."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Repository to upload the folder to."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the labels, for the card."})
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "episodes_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, least in (
+            ("batch_size", 1),
+            ("episodes_per_unit", 1),
+            ("num_threads", 1),
+            ("num_workers", 0),
+            ("num_shards", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"`image_size` must be at least 1, got {self.image_size}.")
+        if not 1 <= self.image_quality <= 100:
+            raise ValueError(f"`image_quality` must lie in [1, 100], got {self.image_quality}.")
+        if not 0 <= self.shard_index < self.num_shards:
+            raise ValueError(f"`shard_index` must lie in [0, {self.num_shards - 1}], got {self.shard_index}.")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"`max_skipped` must lie in [0, 1], got {self.max_skipped}.")
+        if self.format == "jsonl" and self.vision_tokenizer is None:
+            raise ValueError("`format` 'jsonl' needs `vision_tokenizer`: published rows hold vision codes, no images.")
 
 
 @dataclass
@@ -182,17 +229,23 @@ class PretrainArguments:
     Arguments of `lapa pretrain`.
 
     Args:
-        data (`str`): Folder that `lapa label` wrote, or a published `.jsonl` file (image codes and `delta`).
+        data (`str`): Folder that `lapa label` wrote (local or an fsspec URL), several with commas between them, a `.yaml`
+            file with a list of folders and weights, or a published `.jsonl` file (image codes and `delta`).
         model (`str`, *optional*): Policy folder to train on. Without it a fresh trunk is made from the next three.
         policy_config (`dict` or `str`, *optional*): `LapaConfig` fields that differ from the released sizes.
         vision_tokenizer (`str`, *optional*): Vision tokenizer folder of a fresh policy.
         tokenizer (`str`, *optional*): Sentencepiece file of a fresh policy.
-        cache_vision_codes (`bool`): Whether images are encoded once, before training.
-        eval_episodes (`int`): Last episodes (rows of a file), held out for evaluation.
+        cache_vision_codes (`bool`): Whether images that have no codes yet are encoded once, before training; the codes are
+            kept below the output folder.
+        eval_episodes (`int`): Last episodes of each folder (rows of a file), held out for evaluation.
+        shuffle_buffer (`int`): Steps of folders that the next one is drawn from, in each loader worker.
+        quantizer (`str`, *optional*): Quantizer folder that made the labels: checked against them, and named in the
+            policy's record.
+        replace_quantizer (`bool`): Whether a `model` that learned another quantizer's codes may learn these instead.
         dtype, attn_implementation (`str`, *optional*): How `model` is loaded.
     """
 
-    data: str = field(metadata={"help": "Folder of labels, or a published .jsonl file."})
+    data: str = field(metadata={"help": "Folders of labels (commas, or a .yaml mixture), or a published .jsonl file."})
     model: str | None = field(default=None, metadata={"help": "Policy folder to train on."})
     policy_config: dict | str | None = field(
         default=None, metadata={"help": "LapaConfig fields of a fresh policy: JSON, or a JSON or YAML file."}
@@ -201,6 +254,11 @@ class PretrainArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Sentencepiece file of a fresh policy."})
     cache_vision_codes: bool = field(default=True, metadata={"help": "Encode images once, before training."})
     eval_episodes: int = field(default=0, metadata={"help": "Last episodes, held out for evaluation."})
+    shuffle_buffer: int = field(default=4096, metadata={"help": "Steps that the next one is drawn from."})
+    quantizer: str | None = field(default=None, metadata={"help": "Quantizer of the labels, to check and record it."})
+    replace_quantizer: bool = field(
+        default=False, metadata={"help": "Learn the codes of another quantizer than the model's."}
+    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "Dtype of the loaded model.", "choices": ["auto", "bfloat16", "float16", "float32"]},

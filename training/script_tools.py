@@ -60,9 +60,10 @@ def check_evaluation(training_args: Any, eval_episodes: int) -> None:
 def run_training(trainer: Any, training_args: Any) -> None:
     """Trains, from the checkpoint `resume_from_checkpoint` names (`last`: the newest, if there is one).
 
-    A checkpoint that a killed run did not finish is passed over. The output folder gets the metrics of the evaluation and, in `trainer_state.json`, the log of the whole run.
+    A checkpoint that a killed run did not finish is passed over. The output folder gets the metrics of the evaluation
+    and, in `trainer_state.json`, the log of the whole run.
     """
-    from lapa.training.safe_checkpoints import last_checkpoint
+    from lapa.training.safe_checkpoints import last_checkpoint, why_incomplete
     from lapa.training.stream_training import REPORT_FILE
 
     resume = training_args.resume_from_checkpoint
@@ -70,6 +71,8 @@ def run_training(trainer: Any, training_args: Any) -> None:
         resume = last_checkpoint(training_args.output_dir)
     elif resume is not None and not Path(resume).is_dir():
         raise ValueError(f"`resume_from_checkpoint` must be `last` or a checkpoint folder, got {resume!r}.")
+    elif resume is not None and (reason := why_incomplete(resume)) is not None:
+        raise ValueError(f"{resume} cannot be resumed: {reason}. `last` takes the newest whole checkpoint.")
     trainer.train(resume_from_checkpoint=resume)
     if trainer.data_report is not None and trainer.is_world_process_zero():
         print(f"{Path(training_args.output_dir) / REPORT_FILE}: read {trainer.data_report.summary()}")

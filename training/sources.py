@@ -1,4 +1,4 @@
-"""What the training scripts read: episodes of an RLDS folder, published JSONL rows, labels of `lapa label`."""
+"""What the training scripts read: episodes of an RLDS folder, published JSONL rows."""
 
 import logging
 from collections.abc import Sequence
@@ -215,40 +215,6 @@ def action_steps(part: ActionStepPart, counts: ReadCounts, skipped: SkippedEpiso
     )
 
 
-class TableImages(Sequence[Any]):
-    """The `image` column of a table of labels, decoded row by row."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, item: Any) -> Any:
-        return self.table[int(item)]["image"]
-
-
-def latent_steps(table: Any) -> StepColumns:
-    """Columns of what `lapa label` wrote."""
-    instructions = table["instruction"][:]
-    rows = np.array([i for i, text in enumerate(instructions) if text is not None and text.strip()], dtype=np.int64)
-    left_out = len(instructions) - len(rows)
-    if not len(rows):
-        raise ValueError("`data` has no labelled step with an instruction.")
-    if left_out:
-        logger.warning("left out %d of %d labelled steps: no instruction", left_out, len(instructions))
-    sources, ids = table["source"][:], table["episode_id"][:]
-    columns = StepColumns(
-        list(instructions),
-        [f"{source}/{name}" for source, name in zip(sources, ids)],
-        images=TableImages(table),
-        latent_action_codes=np.asarray(table["latent_action_codes"][:], dtype=np.int64),
-    )
-    columns = columns._take(rows)
-    columns.num_without_instruction = left_out
-    return columns
-
-
 def jsonl_steps(path: str | Path, target: str) -> StepColumns:
     """
     Rows of a published data file: image codes, whole prompts, and codes (`delta`) or physical actions (`raw_actions`).
@@ -294,6 +260,5 @@ __all__ = [
     "frame_gap_of",
     "hold_out",
     "jsonl_steps",
-    "latent_steps",
     "load_rlds",
 ]
