@@ -1,6 +1,7 @@
 """Frames kept as JPEG or PNG files in memory, decoded when they are read."""
 
 import struct
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -13,6 +14,11 @@ from lapa.data.video_stream import MAX_FRAME_PIXELS
 
 # What image files of data sets are; PIL need not try its other readers on bytes that are none of these.
 FORMATS = ("JPEG", "PNG")
+# What PIL's readers raise on damaged files.
+DAMAGED = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class EncodedFrames(FrameSequence):
@@ -48,18 +54,34 @@ class EncodedFrames(FrameSequence):
         return bool((first == first[0, 0]).all())
 
     def _decode(self, step: int) -> NDArray[np.uint8]:
-        name = f"frame {step} of {self.name}"
-        try:
-            with Image.open(BytesIO(self.encoded[step]), formats=FORMATS) as image:
-                # The header tells the size before any pixel is unpacked.
-                if image.width * image.height > MAX_FRAME_PIXELS:
-                    raise ReadError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_FRAME_PIXELS}.")
-                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-        except ReadError:
-            raise
-        # What PIL's readers raise on damaged files.
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-            raise ReadError(f"{name} is no readable image: {str(error).rstrip('.')}.") from error
+        return decode_image(self.encoded[step], f"frame {step} of {self.name}", FORMATS)
 
 
-__all__ = ["EncodedFrames"]
+def decode_image(content: bytes, name: str, formats: Sequence[str]) -> NDArray[np.uint8]:
+    """
+    Decodes an image file in memory.
+
+    Args:
+        content: Of the file.
+        name: What messages call it.
+        formats: PIL's names of those that it may be of.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+
+    Raises:
+        ReadError: No such image, or one of more than `MAX_FRAME_PIXELS`.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=formats) as image:
+            # The header tells the size before any pixel is unpacked.
+            if image.width * image.height > MAX_FRAME_PIXELS:
+                raise ReadError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_FRAME_PIXELS}.")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except ReadError:
+        raise
+    except DAMAGED as error:
+        raise ReadError(f"{name} is no readable image: {str(error).rstrip('.')}.") from error
+
+
+__all__ = ["EncodedFrames", "decode_image"]
