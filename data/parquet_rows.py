@@ -143,7 +143,10 @@ class ParquetRows:
             for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
         ]
         schema = pa.schema([self._file.schema_arrow.field(column) for column in columns])
-        return pa.Table.from_batches(batches, schema=None if batches else schema)
+        table = pa.Table.from_batches(batches, schema=None if batches else schema)
+        # Texts that are no UTF-8, offsets that lead elsewhere: what reading a damaged file may leave.
+        table.validate(full=True)
+        return table
 
     def read_images(self, column: str, episode: int, count: int) -> list[bytes]:
         """
