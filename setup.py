@@ -40,6 +40,8 @@ EXTRAS = {
     "convert": [],
     "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.9"],
     "quantize": ["bitsandbytes>=0.49"],
+    # Faster decoding of JPEG and checking of sums; without them results are the same.
+    "speed": ["google-crc32c", "simplejpeg"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],

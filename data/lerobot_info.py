@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-import numpy as np
-
 from lapa.data.file_tree import FileTree
 
 INFO_FILE = "meta/info.json"

@@ -1,5 +1,6 @@
 """Damages files for fuzzing: bytes anywhere, and parts of what formats are built of (boxes, elements, fields, values)."""
 
+import contextlib
 import copy
 import json
 import random
@@ -314,10 +315,8 @@ def _parse_fields(data: bytes, depth: int = 0) -> list[Node]:
             raise ValueError
         content: bytes | list[Node] = data[place : place + length]
         if wire == 2 and depth < 6 and length:
-            try:
+            with contextlib.suppress(ValueError, KeyError, IndexError):
                 content = _parse_fields(data[place : place + length], depth + 1)
-            except (ValueError, KeyError, IndexError):
-                pass
         nodes.append(Node((tag >> 3, wire), content))
         place += length
     return nodes

@@ -8,7 +8,6 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
-from shared_files import shared_path
 from video_files import FRAME_RATE, encode_video, moving_frames
 
 from lapa.data.captions import CAPTION_FILES, match_captions, read_captions
