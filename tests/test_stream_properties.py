@@ -31,7 +31,7 @@ from lapa.data.stream_cursor import PartReader
 from lapa.data.stream_loader import StreamLoader, _CollateWithState
 
 Pair = tuple[str, str, tuple[int, int]]
-FEW, MANY = 50, 2000
+FEW, MANY = 50, 1000
 
 
 @pytest.fixture(scope="module", autouse=True)
