@@ -229,7 +229,8 @@ def _clip(name: str) -> bytes:
         "vp8": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "g": "4"}),
         "mpeg4": ("mpeg4", {"g": "4"}),
     }[codec]
-    return encode_video(moving_frames(9, 48, 32), encoder, container, options)
+    # Smaller frames make x265 write where it must not.
+    return encode_video(moving_frames(9, 96, 64), encoder, container, options)
 
 
 def _video(name: str, ending: str, form: Format) -> Target:

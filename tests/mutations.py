@@ -176,7 +176,7 @@ def _change_json(holder: list[Any], generator: random.Random) -> None:
             case 3:
                 container[key] = [container[key]] * generator.choice((1, 2, 300))
             case _:
-                container[key] = generator.choice(VALUES)
+                container[key] = copy.deepcopy(generator.choice(VALUES))
 
 
 def _json_places(node: Any) -> Iterator[tuple[Any, Any]]:
