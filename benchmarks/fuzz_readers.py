@@ -11,6 +11,7 @@ printed with what replays it, and its file is kept in `--findings`. Exit status 
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def work(target: Target, cases: Sequence[Case], out: Connection) -> None:
     """Runs cases and reports each before and after; the process that this runs in may be lost."""
     limit = _memory("VmSize") + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()
     # libav and PIL print what they think of each file.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_fast_folder()) as folder:

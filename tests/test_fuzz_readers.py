@@ -8,6 +8,7 @@ import importlib.util
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from lapa.data.schema import ReadError
 from lapa.data.tfds_folder import MAX_RECORDS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz_readers.py"
-CASES = 40
+CASES = 25
 
 
 def fuzz_readers():
@@ -130,8 +131,13 @@ def test_a_png_chunk_that_announces_gigabytes_is_no_reason_to_allocate_them(tmp_
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "1.png").write_bytes(content)
     (episode,) = FrameFolderSource(str(tmp_path))
-    with pytest.raises(ReadError, match=r"1\.png is no readable image"):
-        episode.read_frames("video", [0])
+    tracemalloc.start()
+    try:
+        # PIL makes do with what there is of the chunk.
+        assert episode.read_frames("video", [0])[0].shape == (12, 8, 3)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
 
 
 def test_checksums_by_folding_by_bytes_and_in_c_agree(monkeypatch):
