@@ -66,7 +66,7 @@ class EncodedFrames(FrameSequence):
         return decode_image(self.encoded[step], f"frame {step} of {self.name}", FORMATS)
 
 
-def decode_image(content: bytes, name: str, formats: Sequence[str]) -> NDArray[np.uint8]:
+def decode_image(content: bytes, name: str, formats: tuple[str, ...]) -> NDArray[np.uint8]:
     """
     Decodes an image file in memory.
 

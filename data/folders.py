@@ -211,10 +211,12 @@ class ImageFrames(FrameSequence):
         try:
             with self.tree.open(relative) as file:
                 # Into memory: from an open file PIL asks for as many bytes as a damaged one announces.
-                content = file.read(MAX_IMAGE_BYTES + 1)
+                size = file.seek(0, 2)
+                file.seek(0)
+                content = file.read(min(size, MAX_IMAGE_BYTES))
         except OSError as error:
             raise ReadError(f"{name} is no readable image: {error.strerror or error}.") from error
-        if len(content) > MAX_IMAGE_BYTES:
+        if size > MAX_IMAGE_BYTES:
             raise ReadError(f"{name} has more than the {MAX_IMAGE_BYTES} bytes that an image may have.")
         return decode_image(content, name, IMAGE_FORMATS)
 
