@@ -42,6 +42,8 @@ EXTRAS = {
     # Its wheel imports `packaging` without naming it.
     "metaworld": ["metaworld>=3.1.1", "packaging", "scipy>=1.14"],
     "quantize": ["bitsandbytes>=0.49"],
+    # Faster decoding of JPEG and checking of sums; without them results are the same.
+    "speed": ["google-crc32c", "simplejpeg"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],

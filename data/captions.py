@@ -144,7 +144,7 @@ def _rows(text: str, location: str, ending: str) -> Iterator[tuple[str, Sequence
             raise ValueError(f"{location}, line {table.line_num}: {error}.") from error
     elif ending == ".txt":
         for line in text.splitlines():
-            name, *rest = line.split("\t", 1) if "\t" in line else line.split(None, 1)
+            name, *rest = (line.split("\t", 1) if "\t" in line else line.split(None, 1)) or [""]
             if name.strip():
                 yield name.strip(), rest
     else:

@@ -1,16 +1,25 @@
-"""CRC-32C (Castagnoli) without an extension module: numpy goes through many parts of the data side by side."""
+"""
+CRC-32C (Castagnoli): by google-crc32c where it is installed (`lapa[speed]`), else by numpy.
 
+Without an extension module long data is folded onto itself until little is left to go through.
+"""
+
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Reversed Castagnoli polynomial.
+# Reversed Castagnoli polynomial P.
 POLYNOMIAL = 0x82F63B78
-# Bytes of the parts that run side by side; 64 to 256 are equally fast.
-LANE_BYTES = 64
+# Multiples of P with few terms (powers of x; x^0 is the last of each), found by search. As squaring a polynomial over
+# bits doubles its powers, one in x^8 to the 1, 2, 4, ... is a multiple of P as well: it says which bytes, or blocks of
+# them, the leading ones may be added to in place of being gone through. The first has fewest terms, the second is shortest.
+MULTIPLES = ((529, 231, 211, 117, 82, 0), (104, 57, 53, 49, 19, 14, 4, 0))
 # Below this the loop over bytes is faster.
-SHORT_BYTES = 128
+SHORT_BYTES = 768
 
 
 @cache
@@ -24,99 +33,53 @@ def _byte_table() -> tuple[int, ...]:
     return tuple(table)
 
 
-def _over_zeros(register: int, num_bytes: int) -> int:
-    """The register after zero bytes."""
-    table = _byte_table()
-    for _ in range(num_bytes):
-        register = table[register & 0xFF] ^ register >> 8
-    return register
-
-
-def _lookup(images: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
-    """
-    Tables of a linear map of registers.
-
-    Args:
-        images: (32,) what the map makes of each single bit.
-        bits: Of the register that one table takes, dividing 32.
-
-    Returns:
-        (32 / bits, 2 ** bits): what the map makes of each value of each group of bits; the results are to be XORed.
-    """
-    tables = np.zeros((32 // bits, 1 << bits), dtype=np.uint32)
-    for table, group in zip(tables, images.reshape(-1, bits), strict=True):
-        for bit, image in enumerate(group):
-            table[1 << bit : 2 << bit] = table[: 1 << bit] ^ image
-    return tables
-
-
-def _apply(tables: NDArray[np.uint32], registers: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A map in tables of 8 bits, applied to registers."""
-    result: NDArray[np.uint32] = tables[0][registers & 0xFF] ^ tables[1][(registers >> 8) & 0xFF]
-    result ^= tables[2][(registers >> 16) & 0xFF] ^ tables[3][registers >> 24]
-    return result
-
-
 @cache
-def _word_tables() -> NDArray[np.uint32]:
-    """The map over four zero bytes, in tables of 16 bits: two look-ups per word of data."""
-    return _lookup(np.asarray([_over_zeros(1 << bit, 4) for bit in range(32)], dtype=np.uint32), 16)
-
-
-@cache
-def _lane_tables(level: int) -> NDArray[np.uint32]:
-    """The map over `LANE_BYTES * 2 ** level` zero bytes, in tables of 8 bits."""
-    if level == 0:
-        images = np.asarray([_over_zeros(1 << bit, LANE_BYTES) for bit in range(32)], dtype=np.uint32)
-    else:
-        half = _lane_tables(level - 1)
-        images = _apply(half, _apply(half, np.uint32(1) << np.arange(32, dtype=np.uint32)))
-    return _lookup(images, 8)
+def _extension() -> Callable[[bytes], int] | None:
+    """What computes checksums in C; None where it is not installed, or only in Python."""
+    try:
+        module: ModuleType = import_module("google_crc32c")
+    except ImportError:
+        return None
+    value: Callable[[bytes], int] = module.value
+    return value if module.implementation == "c" else None
 
 
 def crc32c(data: bytes | memoryview) -> int:
+    """Checksum of bytes."""
+    extension = _extension()
+    return _crc32c(data) if extension is None else extension(bytes(data))
+
+
+def _crc32c(data: bytes | memoryview) -> int:
+    register, table = 0xFFFFFFFF, _byte_table()
+    if len(data) >= SHORT_BYTES:
+        folded = np.frombuffer(data, dtype=np.uint8).copy()
+        # A register that starts with ones is one that starts with zeros and reads four inverted bytes.
+        folded[:4] ^= 0xFF
+        register, data = 0, _fold(folded).tobytes()
+    for byte in data:
+        register = table[(register ^ byte) & 0xFF] ^ register >> 8
+    return register ^ 0xFFFFFFFF
+
+
+def _fold(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
-    Checksum of bytes.
+    Few bytes with the same remainder as many; the first byte has the highest powers of x. `data` is overwritten.
 
-    The register is linear in the data, so parts run side by side and are joined in pairs. Zero bytes in front leave a
-    register of zero alone, which is what fills up the first part.
+    With `largest` and `next` the two highest powers of a multiple and blocks of `size` bytes, the first (largest - next)
+    blocks go to where each lower power is, which is behind them all.
     """
-    if len(data) < SHORT_BYTES:
-        register, table = 0xFFFFFFFF, _byte_table()
-        for byte in data:
-            register = table[(register ^ byte) & 0xFF] ^ register >> 8
-        return register ^ 0xFFFFFFFF
-    num_lanes = -(-len(data) // LANE_BYTES)
-    padded = np.zeros(num_lanes * LANE_BYTES, dtype=np.uint8)
-    start = len(padded) - len(data)
-    padded[start:] = np.frombuffer(data, dtype=np.uint8)
-    # A register that starts with ones is one that starts with zeros and reads four inverted bytes.
-    padded[start : start + 4] ^= 0xFF
-    registers = _lane_registers(np.ascontiguousarray(padded.view("<u4").reshape(num_lanes, -1).T))
-    level = 0
-    while len(registers) > 1:
-        if len(registers) % 2:
-            registers = np.concatenate([np.zeros(1, dtype=np.uint32), registers])
-        registers = _apply(_lane_tables(level), registers[0::2]) ^ registers[1::2]
-        level += 1
-    return int(registers[0]) ^ 0xFFFFFFFF
-
-
-def _lane_registers(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Register after each part; `words` (words per part, parts)."""
-    low, high = _word_tables()
-    registers = np.zeros(words.shape[1], dtype=np.uint32)
-    from_low, from_high = np.empty_like(registers), np.empty_like(registers)
-    index = np.empty(len(registers), dtype=np.intp)
-    # Into buffers and without checks of bounds (an index of 16 bits is within): twice as fast as the plain expression.
-    for word in words:
-        registers ^= word
-        np.bitwise_and(registers, 0xFFFF, out=index, casting="unsafe")
-        low.take(index, out=from_low, mode="clip")
-        np.right_shift(registers, 16, out=index, casting="unsafe")
-        high.take(index, out=from_high, mode="clip")
-        np.bitwise_xor(from_low, from_high, out=registers)
-    return registers
+    for largest, *powers in MULTIPLES:
+        # Blocks as large as fit, so that there are few steps, each over many bytes.
+        size = 1 << max((len(data) // largest).bit_length() - 1, 0)
+        while size:
+            while (count := min(len(data) - largest * size, (largest - powers[0]) * size)) > 0:
+                for power in powers:
+                    target = data[(largest - power) * size :][:count]
+                    np.bitwise_xor(target, data[:count], out=target)
+                data = data[count:]
+            size >>= 1
+    return data
 
 
 __all__ = ["crc32c"]

@@ -2,24 +2,25 @@
 
 import os
 import re
-import struct
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lapa.data.captions import match_captions, read_captions, read_text
+from lapa.data.encoded_frames import decode_image
 from lapa.data.episode_source import HUMAN_GAP_SECONDS, EpisodeSource, OnError, SourceShard, raise_error
 from lapa.data.file_tree import MAX_DEPTH, FileTree
 from lapa.data.schema import Episode, FrameSequence, ReadError
 from lapa.data.video import VideoFrames
-from lapa.data.video_stream import MAX_FRAME_PIXELS
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# What PIL calls them; files are told by their content, not by their names.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_IMAGE_BYTES = 1 << 28
 CAMERA = "video"
 CLIPS_PER_SHARD = 64
 # Names that a warning lists before it only counts.
@@ -208,15 +209,16 @@ class ImageFrames(FrameSequence):
     def _read(self, relative: str) -> NDArray[np.uint8]:
         name = self.tree.location(relative)
         try:
-            with self.tree.open(relative) as file, Image.open(file) as image:
-                if image.width * image.height > MAX_FRAME_PIXELS:
-                    raise ReadError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_FRAME_PIXELS}.")
-                return np.asarray(image.convert("RGB"))
-        except ReadError:
-            raise
-        # What PIL's readers raise on damaged files.
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-            raise ReadError(f"{name} is no readable image: {error}.") from error
+            with self.tree.open(relative) as file:
+                # Into memory: from an open file PIL asks for as many bytes as a damaged one announces.
+                size = file.seek(0, 2)
+                file.seek(0)
+                content = file.read(min(size, MAX_IMAGE_BYTES))
+        except OSError as error:
+            raise ReadError(f"{name} is no readable image: {error.strerror or error}.") from error
+        if size > MAX_IMAGE_BYTES:
+            raise ReadError(f"{name} has more than the {MAX_IMAGE_BYTES} bytes that an image may have.")
+        return decode_image(content, name, IMAGE_FORMATS)
 
 
 class FrameFolderSource(ClipSource):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-import numpy as np
-
 from lapa.data.file_tree import FileTree
 
 INFO_FILE = "meta/info.json"
@@ -28,6 +26,14 @@ MAX_INFO_BYTES = 1 << 26
 MAX_NAME_DEPTH = 4
 # Indices are below: float64, in which columns of them are gathered, is exact there.
 MAX_INDEX = 1 << 53
+# Types of numbers, by numpy's names.
+NUMERIC = (
+    "bool",
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    "float16",
+    "float32",
+    "float64",
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,7 @@ class Feature:
     @property
     def is_numeric(self) -> bool:
         """Whether it holds numbers."""
-        try:
-            return np.dtype(self.dtype).kind in "biuf"
-        except TypeError:
-            return False
+        return self.dtype in NUMERIC
 
     @property
     def size(self) -> int:

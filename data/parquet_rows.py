@@ -143,7 +143,10 @@ class ParquetRows:
             for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
         ]
         schema = pa.schema([self._file.schema_arrow.field(column) for column in columns])
-        return pa.Table.from_batches(batches, schema=None if batches else schema)
+        table = pa.Table.from_batches(batches, schema=None if batches else schema)
+        # Texts that are no UTF-8, offsets that lead elsewhere: what reading a damaged file may leave.
+        table.validate(full=True)
+        return table
 
     def read_images(self, column: str, episode: int, count: int) -> list[bytes]:
         """
@@ -167,7 +170,7 @@ class ParquetRows:
         with parquet_errors(self.name):
             groups = self._groups(episode)
             for batch in self._file.iter_batches(BATCH_IMAGES, row_groups=groups, columns=columns, use_threads=False):
-                for content in _image_bytes(_rows_of(batch, episode)[column]):
+                for content in _image_bytes(_rows_of(batch, episode)[column], f"column {column!r} of {self.name}"):
                     if not content:
                         raise ReadError(
                             f"{self.name} has no image in row {len(images)} of episode {episode}, {column!r}."
@@ -192,7 +195,7 @@ def _rows_of(rows: Any, episode: int) -> Any:
     return rows.filter(pc.equal(rows[EPISODE_COLUMN], episode))
 
 
-def _image_bytes(column: Any) -> list[bytes | None]:
+def _image_bytes(column: Any, name: str) -> list[bytes | None]:
     import pyarrow as pa
 
     if isinstance(column, pa.ExtensionArray):
@@ -200,7 +203,7 @@ def _image_bytes(column: Any) -> list[bytes | None]:
     if pa.types.is_struct(column.type) and "bytes" in [field.name for field in column.type]:
         column = column.field("bytes")
     if not pa.types.is_binary(column.type) and not pa.types.is_large_binary(column.type):
-        raise ReadError(f"images must be stored as encoded files, not as {column.type}")
+        raise ReadError(f"{name} must hold images as encoded files, not {column.type}.")
     files: list[bytes | None] = column.to_pylist()
     return files
 

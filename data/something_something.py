@@ -140,7 +140,7 @@ class SomethingSomethingSource(ClipSource):
                     continue
                 index = indices.pop(video)
                 if content is None:
-                    raise ReadError(f"{self.name}: video {video} has more than {MAX_VIDEO_BYTES} bytes.")
+                    raise ReadError(f"{self._videos.name(video)} has more than {MAX_VIDEO_BYTES} bytes.")
                 episode = self._episode(video, content, self._labels.get(video, Label()))
             except ReadError as error:
                 on_error(error)
@@ -149,10 +149,10 @@ class SomethingSomethingSource(ClipSource):
             else:
                 yield index, episode
         for video in indices:
-            on_error(ReadError(f"{self.name}: video {video} is listed and was not found in the archive."))
+            on_error(ReadError(f"{self._videos.name(video)} is listed, but was not found there."))
 
     def _episode(self, video: str, content: str | bytes, label: Label) -> Episode:
-        frames = VideoFrames(content, name=content if isinstance(content, str) else f"{self.name}: video {video}")
+        frames = VideoFrames(content, name=self._videos.name(video))
         return self.video_episode(frames, video, (label.text,) if label.text else (), label.metadata)
 
 

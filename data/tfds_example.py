@@ -49,11 +49,37 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
         position += length
 
 
-def _messages(data: memoryview, number: int) -> Iterator[memoryview]:
-    """Length-delimited fields of one number."""
-    for field_number, wire_type, value in _fields(data):
-        if field_number == number and wire_type == 2 and isinstance(value, memoryview):
-            yield value
+def _messages(data: memoryview, number: int) -> list[memoryview]:
+    """Length-delimited fields of one number, at most 15."""
+    wanted, found, position, end = number << 3 | 2, [], 0, len(data)
+    # What `_fields` does, for what is nearly all of a message: one byte of tag, a short length, no other fields.
+    while position + 1 < end and data[position] == wanted:
+        length = data[position + 1]
+        if length < 0x80:
+            position += 2
+        else:
+            length, position = _varint(data, position + 1)
+        if position + length > end:
+            raise ValueError("a protobuf field is cut short")
+        found.append(data[position : position + length])
+        position += length
+    if position < end:
+        for field_number, wire_type, value in _fields(data[position:]):
+            if field_number == number and wire_type == 2 and isinstance(value, memoryview):
+                found.append(value)
+    return found
+
+
+def _entry(entry: memoryview) -> tuple[memoryview, memoryview]:
+    """Key and value of an entry of a map; empty where they are not there. Of several the first counts."""
+    key = value = None
+    for number, wire_type, content in _fields(entry):
+        if wire_type == 2 and isinstance(content, memoryview):
+            if number == 1 and key is None:
+                key = content
+            elif number == 2 and value is None:
+                value = content
+    return key or memoryview(b""), value or memoryview(b"")
 
 
 def _packed_varints(data: memoryview) -> NDArray[np.int64]:
@@ -85,8 +111,8 @@ def parse_example(content: bytes) -> dict[str, memoryview]:
     features: dict[str, memoryview] = {}
     for feature_map in _messages(memoryview(content), 1):
         for entry in _messages(feature_map, 1):
-            key = next(_messages(entry, 1), memoryview(b""))
-            features[bytes(key).decode("utf-8")] = next(_messages(entry, 2), memoryview(b""))
+            key, value = _entry(entry)
+            features[str(key, "utf-8")] = value
     return features
 
 
@@ -101,7 +127,7 @@ def decode_feature(feature: memoryview) -> FeatureValues:
         if wire_type != 2 or not isinstance(values, memoryview):
             continue
         if kind == 1:
-            return [bytes(value) for value in _messages(values, 1)]
+            return list(map(bytes, _messages(values, 1)))
         if kind == 2:
             # Packed floats come as one field, unpacked ones as four bytes each.
             joined = b"".join(

@@ -21,6 +21,9 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 READ_AHEAD_BYTES = 1 << 23
 # File names that a message lists before it only counts.
 MAX_NAMED = 3
+# Records that one file may be said to hold; files of the data sets of `open_x` hold some thousands. A number alone must
+# not make a reader go through, or shuffle, episodes that are not there.
+MAX_RECORDS = 1 << 20
 
 
 class ShardFile(NamedTuple):
@@ -153,7 +156,7 @@ class RldsFolder:
         try:
             top = features.get("featuresDict", {}).get("features", {})
             if "sequence" not in top.get(STEPS, {}):
-                raise ValueError(f"{self.location(FEATURES_FILE)} has no `{STEPS}`: this is no RLDS data set.")
+                raise ValueError(f"{FEATURES_FILE} has no `{STEPS}`: this is no RLDS data set.")
             self.step_features = flatten_features(top[STEPS]["sequence"]["feature"])
             self.episode_features = flatten_features(
                 {"featuresDict": {"features": {name: node for name, node in top.items() if name != STEPS}}}
@@ -165,6 +168,8 @@ class RldsFolder:
             raise ValueError(
                 f"{self.path} is no TFDS folder: its JSON files are not of that form ({error!r})."
             ) from error
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{self.path} is no RLDS folder that can be read: {error}") from error
 
     def location(self, name: str) -> str:
         """Where a file of the folder is."""
@@ -275,7 +280,7 @@ def _shard_files(entry: Mapping[str, Any], dataset: str) -> tuple[ShardFile, ...
             ("SHARD_X_OF_Y", f"{index:05d}-of-{len(lengths):05d}"),
         ):
             name = name.replace(f"{{{key}}}", str(value))
-        if "/" in name or "\\" in name or length < 0:
+        if "/" in name or "\\" in name or not 0 <= length <= MAX_RECORDS:
             raise ValueError(f"{INFO_FILE} lists a file {name!r} of {length} records, which cannot be.")
         files.append(ShardFile(index, name, length))
     return tuple(files)

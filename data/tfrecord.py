@@ -102,7 +102,8 @@ class RecordReader:
                 that a damaged length makes unreachable.
         """
         reported = False
-        for number in range(self.num_records) if wanted is None else wanted:
+        # One past the last that is there, at most: what is lost is told once.
+        for number in range(min(self.num_records, len(index) + 1)) if wanted is None else wanted:
             if number >= len(index):
                 if not reported:
                     on_error(self._lost(len(index), index.problem))

@@ -30,6 +30,10 @@ class PackedVideos(ABC):
     def open(self, video: str) -> str | bytes:
         """Where a video lies, or its content; raises `ReadError` where that cannot be read."""
 
+    @abstractmethod
+    def name(self, video: str) -> str:
+        """What messages call a video: where it lies."""
+
     def text(self, video: str, ending: str) -> bytes | None:
         """Content of the file with another ending that lies beside a video."""
         return None
@@ -48,6 +52,10 @@ class LooseVideos(PackedVideos):
         return {"": self._files.keys()}
 
     def open(self, video: str) -> str:
+        """Where a video lies."""
+        return self.name(video)
+
+    def name(self, video: str) -> str:
         """Where a video lies."""
         return self.tree.location(self._files[video])
 
@@ -100,6 +108,11 @@ class TarVideos(PackedVideos):
             )
         return read_member(self.tree, tar, member)
 
+    def name(self, video: str) -> str:
+        """The tar file, and the name in it."""
+        tar, member = self._videos[video]
+        return f"{member.name} in {self.tree.location(tar)}"
+
     def text(self, video: str, ending: str) -> bytes | None:
         """Content of the file beside a video."""
         if (video, ending) not in self._texts:
@@ -132,6 +145,10 @@ class SplitArchive(PackedVideos):
             if found == video and content is not None:
                 return content
         raise ReadError(f"{self.tree.location(self.parts[0])} and its further parts have no video {video!r} to read.")
+
+    def name(self, video: str) -> str:
+        """The first part, and the id."""
+        return f"video {video} in {self.tree.location(self.parts[0])}"
 
     def stream(self) -> Iterator[tuple[str, bytes | None]]:
         """Ids and contents, None for a content that is too large; raises `ReadError` where the archive is damaged."""

@@ -121,7 +121,7 @@ def test_every_layout_gives_the_same_episodes(layout, tmp_path, contents):
     place = f"{tmp_path}/something-something-v2-train.json"
     if layout == "parts":
         assert [str(error) for error in errors] == [
-            f"{source.name}: video 100 is listed and was not found in the archive."
+            f"video 100 in {tmp_path / VIDEO_FOLDER}-00 is listed, but was not found there."
         ]
         assert len(source.warnings) == 1
         assert "unpack it: cat 20bn-something-something-v2-?? | tar xz" in source.warnings[0]
