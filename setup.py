@@ -34,6 +34,9 @@ CORE = [
     "protobuf",
     "sentencepiece",
     "tensorboard",
+    # Decoding JPEG and checking sums; where they have no wheel the readers do without, slower, with the same results.
+    "google-crc32c>=1.7",
+    "simplejpeg>=1.8",
 ]
 EXTRAS = {
     # Conversion needs nothing beyond the core; the name exists so that `lapa[convert]` keeps meaning it.
@@ -42,8 +45,6 @@ EXTRAS = {
     # Its wheel imports `packaging` without naming it.
     "metaworld": ["metaworld>=3.1.1", "packaging", "scipy>=1.14"],
     "quantize": ["bitsandbytes>=0.49"],
-    # Faster decoding of JPEG and checking of sums; without them results are the same.
-    "speed": ["google-crc32c", "simplejpeg"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],

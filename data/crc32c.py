@@ -1,5 +1,5 @@
 """
-CRC-32C (Castagnoli): by google-crc32c where it is installed (`lapa[speed]`), else by numpy.
+CRC-32C (Castagnoli): by google-crc32c where it is installed, else by numpy.
 
 Without an extension module long data is folded onto itself until little is left to go through.
 """

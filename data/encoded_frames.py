@@ -1,7 +1,7 @@
 """
 Frames kept as JPEG or PNG files in memory, decoded when they are read.
 
-JPEG is decoded by simplejpeg where it is installed (`lapa[speed]`), which takes less than half the time of PIL. Both go by
+JPEG is decoded by simplejpeg where it is installed, which takes less than half the time of PIL. Both go by
 libjpeg-turbo and give the same pixels.
 """
 

@@ -116,7 +116,8 @@ def _open_model(
             f"{action_dim}."
         )
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config, controller = policy.model.config, None
+    config = policy.model.config
+    controller: Controller = PolicyController(policy, config.use_proprio)
     if replan_every is not None or config.action_horizon > 1:
         controller = ChunkController(ChunkPlayer(policy, replan_every), config.use_proprio)
     identity = {
@@ -125,7 +126,6 @@ def _open_model(
         "replan_every": replan_every,
         "generation": options,
     }
-    controller = controller or PolicyController(policy, config.use_proprio)
     return NamedPolicy(name, controller, identity, torch.manual_seed)
 
 

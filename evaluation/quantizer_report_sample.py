@@ -112,10 +112,10 @@ def pair_target(episode: Episode, steps: np.ndarray, target: str) -> np.ndarray 
     Returns:
         (num_pairs, target_dim) float64; None where the episode does not have it.
     """
-    values = episode.proprio if target == "proprio_change" else episode.action
-    if values is None:
+    recorded = episode.proprio if target == "proprio_change" else episode.action
+    if recorded is None:
         return None
-    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    values = np.asarray(recorded, dtype=np.float64).reshape(len(recorded), -1)
     first, second = steps[:, 0], steps[:, 1]
     if target != "action":
         return np.asarray(values[second] - values[first])
@@ -193,7 +193,7 @@ class _Collector:
         if not len(steps):
             return 0
         chunks = [steps[start : start + 64] for start in range(0, len(steps), 64)]
-        kept = []
+        kept: list[np.ndarray] = []
         for chunk in chunks:
             pairs = read_pairs(episode, source.chosen_camera, chunk, self.size, source.filters)
             for pair_steps, pair in zip(chunk, pairs):

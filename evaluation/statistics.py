@@ -256,8 +256,8 @@ def _newcombe(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Estimate:
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     # Correlation of the two outcomes, with Newcombe's correction for few starts.
     margins = float(first.sum()) * float((~first).sum()) * float(second.sum()) * float((~second).sum())
-    product = both * neither - only_first * only_second
-    product = max(product - count / 2, 0) if product > 0 else product
+    product = float(both * neither - only_first * only_second)
+    product = max(product - count / 2, 0.0) if product > 0 else product
     phi = product / math.sqrt(margins) if margins > 0 else 0.0
     (low1, high1), (low2, high2) = ends
     value = rates[0] - rates[1]

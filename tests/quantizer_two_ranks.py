@@ -36,8 +36,8 @@ def main(output: str, world_size: int) -> None:
         num_spatial_layers=1, num_temporal_layers=1, entropy_weight=0.01, action_dim=2,
     )  # fmt: skip
     arguments = LapaQuantizerTrainingArguments(
-        f"{output}.run", max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world_size, learning_rate=1e-3, logging_steps=3, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, num_sample_reconstructions=0, codebook_update_interval=3,
+        f"{output}.run", max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world_size, learning_rate=3e-4,
+        logging_steps=3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, num_sample_reconstructions=0, codebook_update_interval=3,
         codebook_update_threshold=0.9, codebook_init_batches=2,
     )  # fmt: skip
     codes: list[torch.Tensor] = []
@@ -64,6 +64,9 @@ def main(output: str, world_size: int) -> None:
             },
             output,
         )
+    if world_size > 1:
+        # Left to the end of the interpreter, gloo's threads now and then outlive what they use.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

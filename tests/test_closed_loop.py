@@ -1,5 +1,7 @@
 """Closed-loop success while training: it acts in the simulator, logs, and leaves the training as it was."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,9 @@ def make_trainer(folder, callbacks=()):
 
 def test_success_in_the_tabletop_is_logged(tmp_path):
     pytest.importorskip("pymunk")
-    from lapa.evaluation.environments.tabletop import TabletopEnvironment
-    from lapa.evaluation.rollout import policy_controller, roll_out
+    from lapa.evaluation.environment_pool import EnvironmentPool
+    from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
+    from lapa.evaluation.rollout import PolicyController, roll_out
 
     modes = []
 
@@ -50,10 +53,8 @@ def test_success_in_the_tabletop_is_logged(tmp_path):
         # Sampling and numpy's own generator: what the training must not notice.
         np.random.random(3)
         policy = LapaPolicy(model, processor, do_sample=True)
-        rollouts = roll_out(
-            lambda: TabletopEnvironment(families=["reach"], max_steps=2), policy_controller(policy),
-            [("reach", seed) for seed in range(2)],
-        )  # fmt: skip
+        with EnvironmentPool(partial(TabletopEvaluation, families=["reach"], max_steps=2), 2) as pool:
+            rollouts = roll_out(pool, PolicyController(policy), [("reach", seed) for seed in range(2)])
         assert [rollout.num_steps for rollout in rollouts] == [2, 2]
         return {"success": np.mean([rollout.success for rollout in rollouts]), "episodes": len(rollouts)}
 

@@ -24,8 +24,7 @@ class ClosedLoopCallback(TrainerCallback):
 
     ```python
     >>> def success(model, processor):
-    ...     policy = LapaPolicy(model, processor)
-    ...     rollouts = roll_out(make_environment, policy_controller(policy), episodes)
+    ...     rollouts = roll_out(pool, PolicyController(LapaPolicy(model, processor)), episodes)
     ...     return sum(rollout.success for rollout in rollouts) / len(rollouts)
     >>> trainer = LapaActionFinetuningTrainer(..., callbacks=[ClosedLoopCallback(success, interval=500)])
     ```

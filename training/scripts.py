@@ -40,11 +40,20 @@ def make_parser(dataclass_types: Sequence[type], prog: str) -> Any:
 def _run(name: str, dataclass_types: Sequence[type], main: Callable[..., None], argv: Sequence[str] | None) -> int:
     try:
         main(*make_parser(dataclass_types, f"lapa {name}").parse_args_and_config(argv))
+        _leave_process_group()
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         logger.debug("lapa %s failed", name, exc_info=True)
         print(f"lapa {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _leave_process_group() -> None:
+    """Ends what `torchrun` began: left to the end of the interpreter, its threads now and then abort the process."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def train_quantizer(argv: Sequence[str] | None = None) -> int:
