@@ -543,3 +543,20 @@ def test_noise_by_sample_or_from_torch_as_published(tmp_path, by_sample):
         assert torch.equal(given[1][0], SampleNoise(42).draw(0, 0, 1, 32, 4))
     else:
         assert given[1] == (None,)
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, **settings)
+    save = CodebookState.save
+
+    def full(state, folder):
+        if trainer.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(state, folder)
+
+    monkeypatch.setattr(CodebookState, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*No space left.*checkpoint-2 is whole"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("*")] == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-2" / STATE_FILE).is_file()

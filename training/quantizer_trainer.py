@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
@@ -32,6 +32,7 @@ from lapa.training.codebook_watchdog import CodebookCollapse, CodebookWatchdog
 from lapa.training.metrics import code_usage, count_codes, num_codes_used, perplexity
 from lapa.training.metrics_trainer import MetricsTrainer
 from lapa.training.pair_conditions import QuantizerCollator
+from lapa.training.safe_checkpoints import SafeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def reconstruction_grid(frames: torch.Tensor, reconstructions: torch.Tensor) -> 
     return (grid * 255).round().to(torch.uint8).cpu().numpy()
 
 
-class LapaQuantizerTrainer(MetricsTrainer):
+class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
     r"""
     Trainer of [`LapaQuantizer`].
 
@@ -361,13 +362,10 @@ class LapaQuantizerTrainer(MetricsTrainer):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples/reconstructions", grid, step, dataformats="HWC")
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the rest: a checkpoint that has a trainer state is then complete.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.codebook_state.save(folder)
-        super()._save_checkpoint(model, trial)
+            self.codebook_state.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
