@@ -1,6 +1,5 @@
 """Statistics of actions that do not fit memory: one pass, mergeable, quantiles exact or within a stated bound."""
 
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lapa.data.atomic_files import atomic_file
 from lapa.data.episode_source import EpisodeSource, SkippedEpisodes, read_or_skip
 from lapa.data.schema import ReadError
 from lapa.processing.action_tokenization_lapa import ActionTokenizer, edge_probabilities
@@ -275,14 +275,8 @@ class ActionStatistics:
         }
         for number, column in enumerate(self._columns):
             arrays |= {f"keys_{number}": column.keys, f"counts_{number}": column.counts}
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(Path(path)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "ActionStatistics":

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lapa.data.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from lapa.data.inspection import Inspection, InspectOptions, Progress
@@ -196,9 +197,7 @@ def write(folder: Path, inspections: "Sequence[Inspection]") -> list[str]:
         "utf-8", "replace"
     )
     for name, data in files.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_bytes(data)
-        os.replace(temporary, folder / name)
+        write_atomically(folder / name, data)
     return sorted(files)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapa.evaluation.evaluate import ROLLOUTS_FILE, SETTINGS_FILE, write_atomically
+from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.evaluate import ROLLOUTS_FILE, SETTINGS_FILE
 from lapa.evaluation.evaluation_report import percent
 from lapa.evaluation.statistics import (
     compare_paired,

@@ -10,13 +10,14 @@ Writes `report.html` and `report.json`. An interrupted run goes on where it stop
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from lapa.data.atomic_files import atomic_file, write_atomically
 
 PROGRESS_FILE = "progress.json"
 
@@ -88,9 +89,7 @@ class Progress:
         self._save()
 
     def _save(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_atomically(self.path, json.dumps(self.state, indent=1).encode())
 
     def stage(self, name: str, run: Callable[[], Any]) -> Any:
         """Result of a stage: computed and kept, or what was kept. Results are JSON."""
@@ -165,9 +164,8 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
         quantizer = LapaQuantizer.from_pretrained(paths["quantizer"])
         dataset = stages.FramePairDataset(video.episodes(), settings.frame_gap)
         codes = label_latent_actions(quantizer, dataset, batch_size=256)
-        partial = codes_file.with_suffix(".partial.npy")
-        np.save(partial, codes)
-        os.replace(partial, codes_file)
+        with atomic_file(codes_file) as partial, partial.open("wb") as file:
+            np.save(file, codes)
         return {"pairs": len(codes)}
 
     results["labelled"] = progress.stage("label", label)

@@ -1,13 +1,13 @@
 """The demo's report: numbers to JSON, numbers and pictures to one HTML page."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lapa.data.atomic_files import write_atomically
 from lapa.evaluation import report as page
 from lapa.evaluation.demo_settings import DemoSettings
 from lapa.evaluation.demo_stages import Recording, shown_episodes
@@ -26,13 +26,6 @@ LABELS = {
 }
 COLOURS = {"lapa": "#3366aa", "scratch": "#cc8844", "expert": "#99bb99", "do_nothing": "#bbbbbb"}
 NUM_RECONSTRUCTIONS, NUM_EFFECT_FRAMES, NUM_PROBE_PAIRS, PICTURE_SCALE = 8, 5, 4000, 3
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write atomically."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def code_motion(codes: np.ndarray, motion: np.ndarray, codebook_size: int) -> float:
@@ -187,10 +180,12 @@ def write_tabletop_report(
         settings=settings.to_dict(),
         command=f"lapa demo --seed {seed}" + (" --cross-embodiment" if embodiment != "arm" else ""),
     )
-    write_text(output / "report.html", html)
-    write_text(output / "report.json", json.dumps(report, indent=1))
+    write_atomically(output / "report.html", html.encode())
+    write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
     for name in ("lapa", "scratch"):
-        write_text(output / name / "lapa_results.json", json.dumps(card_results(methods[name]), indent=1))
+        write_atomically(
+            output / name / "lapa_results.json", json.dumps(card_results(methods[name]), indent=1).encode()
+        )
     return report
 
 

@@ -17,12 +17,13 @@ from transformers import Trainer, TrainingArguments
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
+from lapa.data.atomic_files import write_atomically
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
 from lapa.data.rlds import RldsSource
 from lapa.evaluation import report as page
 from lapa.evaluation.demo import Progress, versions
-from lapa.evaluation.demo_report import LABELS, write_text
+from lapa.evaluation.demo_report import LABELS
 from lapa.evaluation.demo_stages import (
     FrameTable,
     encode_frames,
@@ -400,8 +401,8 @@ def write_rlds_report(report: dict[str, Any], logs: dict[str, Any], demo: RldsDe
         pretraining_curve=page.curves({"pretraining": logs["pretraining"]}, "latent_loss", "cross entropy"),
         finetuning_curve=page.curves(finetuning, "action_loss", "cross entropy"),
     )
-    write_text(output / "report.html", html)
-    write_text(output / "report.json", json.dumps(report, indent=1))
+    write_atomically(output / "report.html", html.encode())
+    write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
 
 
 def print_rlds_summary(report: dict[str, Any], output: Path) -> None:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
+from lapa.data.atomic_files import atomic_file
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation.demo_settings import (
@@ -102,9 +103,8 @@ class Recording(FrameTable):
 
     def save(self, path: Path) -> None:
         """Write atomically."""
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{name: getattr(self, name) for name in self.__dataclass_fields__})
-        os.replace(partial, path)
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
     def load(cls, path: Path) -> "Recording":

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from lapa.data.atomic_files import write_atomically
 from lapa.evaluation.environment_pool import CRASHED, HUNG, EnvironmentPool
 from lapa.evaluation.policies import NamedPolicy
 from lapa.evaluation.rollout import Rollout, roll_out
@@ -235,14 +236,4 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return cell
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-__all__ = ["Evaluation", "EvaluationSettings", "RolloutLog", "gif_name", "write_atomically"]
+__all__ = ["Evaluation", "EvaluationSettings", "RolloutLog", "gif_name"]

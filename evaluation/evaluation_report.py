@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lapa.evaluation.evaluate import Evaluation, gif_name, write_atomically
+from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.evaluate import Evaluation, gif_name
 from lapa.evaluation.policies import DO_NOTHING
 from lapa.evaluation.suites import Suite
 

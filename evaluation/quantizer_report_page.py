@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from lapa.data.atomic_files import write_atomically
 from lapa.evaluation import quantizer_report_figures as figures
 from lapa.evaluation import report as page
 from lapa.evaluation.quantizer_report import Measured
@@ -132,7 +132,5 @@ def write_report(measured: Measured, output: str | Path) -> Path:
     files = {"report.html": render_report(measured), "report.json": json.dumps(measured.report, indent=1)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_atomically(folder / name, text.encode())
     return folder / "report.html"

@@ -1,7 +1,6 @@
 """Stage 1: training the latent action quantizer without letting its codebook collapse."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from lapa.data.atomic_files import atomic_file
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.vector_quantization_lapa import CodebookQuantizer, replace_unused_codes_published
@@ -353,11 +353,8 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         finally:
             quantizer.train(was_training)
         grid = reconstruction_grid(batch["pixel_values"], reconstruction)
-        folder = Path(self.args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step:07d}.png"
-        Image.fromarray(grid).save(path.with_suffix(".tmp"), format="PNG")
-        os.replace(path.with_suffix(".tmp"), path)
+        with atomic_file(Path(self.args.output_dir) / "samples" / f"step-{step:07d}.png") as partial:
+            Image.fromarray(grid).save(partial, format="PNG")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples/reconstructions", grid, step, dataformats="HWC")

@@ -1,7 +1,6 @@
 """Training on a `ShuffledStream`: its own loader, its state in every checkpoint, what was read in log and report."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lapa.data.atomic_files import write_atomically
 from lapa.data.episode_source import SkippedEpisodes
 from lapa.data.read_counts import ReadCounts
 from lapa.data.shuffled_stream import ShuffledStream
@@ -25,13 +25,7 @@ REPORT_FILE = "data_report.json"
 
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:
     """Writes a JSON file that appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values, indent=indent), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(values, indent=indent).encode())
 
 
 class DataReport:
