@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.data.atomic_files import write_atomically
-from lapa.evaluation.evaluate import ROLLOUTS_FILE, SETTINGS_FILE
+from lapa.evaluation.evaluate import ROLLOUTS_FILE, SETTINGS_FILE, read_entries
 from lapa.evaluation.evaluation_report import percent
 from lapa.evaluation.statistics import (
     compare_paired,
@@ -20,23 +20,29 @@ from lapa.evaluation.statistics import (
 Outcomes = dict[str, list[bool]]
 
 
-def read_outcomes(folder: Path) -> tuple[dict[str, Any], Outcomes]:
+def read_outcomes(folder: Path) -> tuple[dict[str, Any], Outcomes, dict[str, list[int]]]:
     """
-    Suite and outcomes per cell of an evaluation, in the order of the starts.
+    Suite, outcomes per cell in the order of the starts, and the seeds of these.
 
     Raises:
-        ValueError: A folder without an evaluation.
+        ValueError: A folder without an evaluation, or with one that has not come to its end.
     """
-    settings, rollouts = folder / SETTINGS_FILE, folder / ROLLOUTS_FILE
-    if not settings.is_file() or not rollouts.is_file():
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or not (folder / ROLLOUTS_FILE).is_file():
         raise ValueError(f"`compare` ({folder}) holds no evaluation: {SETTINGS_FILE} or {ROLLOUTS_FILE} is missing.")
-    suite = json.loads(settings.read_text(encoding="utf-8"))["suite"]
-    entries = [json.loads(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
-    outcomes: dict[str, dict[int, bool]] = {}
-    for entry in entries:
-        for number, row in enumerate(entry["rollouts"]):
-            outcomes.setdefault(entry["cell"], {})[entry["start"] + number] = bool(row["success"])
-    return suite, {cell: [values[i] for i in sorted(values)] for cell, values in outcomes.items()}
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    suite, wanted = settings["suite"], settings["played"]["rollouts"]
+    entries = sorted(read_entries(folder / ROLLOUTS_FILE).items(), key=lambda entry: entry[0][1])
+    rows: dict[str, list[dict[str, Any]]] = {f"{cell['group']}/{cell['task']}": [] for cell in suite["cells"]}
+    for (cell, _), played in entries:
+        rows[cell] += played
+    short = [cell for cell, played in rows.items() if len(played) != wanted]
+    if short:
+        raise ValueError(
+            f"`compare` ({folder}) is not complete: {short[0]} has {len(rows[short[0]])} of {wanted} rollouts."
+        )
+    outcomes = {cell: [bool(row["success"]) for row in played] for cell, played in rows.items()}
+    return suite, outcomes, {cell: [row["seed"] for row in played] for cell, played in rows.items()}
 
 
 def group_methods(folders: Sequence[Path]) -> dict[str, list[Path]]:
@@ -67,15 +73,11 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     if len(methods) < 2:
         raise ValueError(f"`compare` needs at least two methods, got {', '.join(methods)}.")
     read = {name: [read_outcomes(folder) for folder in paths] for name, paths in methods.items()}
-    runs = {name: [outcomes for _, outcomes in pairs] for name, pairs in read.items()}
-    suites = [suite for pairs in read.values() for suite, _ in pairs]
-    shapes = {
-        tuple(sorted((cell, len(values)) for cell, values in run.items())) for entry in runs.values() for run in entry
-    }
-    if any(suite != suites[0] for suite in suites) or len(shapes) > 1:
-        raise ValueError(
-            "`compare` needs evaluations of the same suite, complete and with the same number of rollouts."
-        )
+    runs = {name: [outcomes for _, outcomes, _ in found] for name, found in read.items()}
+    suites = [suite for found in read.values() for suite, _, _ in found]
+    starts = [seeds for found in read.values() for _, _, seeds in found]
+    if any(suite != suites[0] for suite in suites) or any(seeds != starts[0] for seeds in starts):
+        raise ValueError("`compare` needs evaluations of the same suite and the same starts.")
     names = list(methods)
     return {
         "suite": suites[0]["name"],

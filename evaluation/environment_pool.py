@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapa.evaluation.environments.base import EvaluationEnvironment, Observation, StepResult
+from lapa.evaluation.environments.base import (
+    EnvironmentMisused,
+    EvaluationEnvironment,
+    Observation,
+    StepResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +135,7 @@ class _LocalGroup(_Group):
     def _answer(self, slot: int, method: str, argument: Any) -> Any:
         try:
             return _call(self._environments[slot], method, argument)
-        except ValueError:
-            # A mistake of the caller's: an unknown task, no expert.
+        except EnvironmentMisused:
             raise
         except Exception as error:
             logger.warning("environment %d crashed: %r", slot, error)
@@ -155,13 +159,13 @@ def _serve(connection: Connection, make: MakeEnvironment, slots: Sequence[int]) 
             try:
                 group.send(*message)
                 connection.send(group.receive())
-            except ValueError as error:
+            except EnvironmentMisused as error:
                 connection.send(error)
         group.close()
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception as error:
-        connection.send(ValueError(f"the environment cannot be made: {error}"))
+        connection.send(EnvironmentMisused(f"the environment cannot be made: {error}"))
 
 
 def _module_of(make: MakeEnvironment) -> str:
@@ -200,7 +204,7 @@ class _RemoteGroup(_Group):
         except (EOFError, OSError):
             self._process.join(1)
             return Failure(CRASHED, f"its process ended with exit code {self._process.exitcode}")
-        if isinstance(answer, ValueError):
+        if isinstance(answer, EnvironmentMisused):
             raise answer
         return answer
 

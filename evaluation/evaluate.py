@@ -88,8 +88,7 @@ class RolloutLog:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             write_atomically(self.path, whole)
-        entries = [json.loads(line) for line in whole.splitlines()]
-        return {(entry["cell"], entry["start"]): entry["rollouts"] for entry in entries}
+        return read_entries(self.path)
 
     def get(self, cell: Cell, start: int) -> list[dict[str, Any]] | None:
         """Rollouts of a cell from number `start` on, if they were played."""
@@ -116,6 +115,13 @@ class RolloutLog:
             ]
             for cell in suite.cells
         }
+
+
+def read_entries(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Rollouts of a log by cell and number of the first; a last line that a kill cut short is left out."""
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return {(entry["cell"], entry["start"]): entry["rollouts"] for entry in map(json.loads, lines)}
 
 
 @dataclass
@@ -236,4 +242,4 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return cell
 
 
-__all__ = ["Evaluation", "EvaluationSettings", "RolloutLog", "gif_name"]
+__all__ = ["Evaluation", "EvaluationSettings", "RolloutLog", "gif_name", "read_entries"]

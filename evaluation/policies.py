@@ -122,6 +122,8 @@ def _open_model(
         controller = ChunkController(ChunkPlayer(policy, replan_every), config.use_proprio)
     identity = {
         "policy": weights_hash(policy.model),
+        "processor": hashlib.sha256(policy.processor.to_json_string().encode()).hexdigest(),
+        "device": policy.model.device.type,
         "unnorm_key": unnorm_key,
         "replan_every": replan_every,
         "generation": options,

@@ -119,7 +119,8 @@ def seeds_estimate(outcomes: Sequence[ArrayLike]) -> Estimate:
     """
     Success rate over training seeds: how would the method do, trained once more and played once more?
 
-    Student's interval over the seeds' rates, with the rollouts' own variance as a floor: three seeds can agree by chance.
+    Student's interval over the seeds' rates, with the rollouts' own variance as a floor: three seeds can agree by chance,
+    and where all succeed or all fail the floor is not 0.
     It is what a bootstrap that draws whole seeds gives, widened for how few they are. A single seed has the Wilson interval
     of its rollouts, which says nothing about another training.
 
@@ -161,12 +162,24 @@ def paired_difference(first: Sequence[ArrayLike], second: Sequence[ArrayLike]) -
 def _student_estimate(rows: Sequence[NDArray[np.float64]], least: float, most: float) -> Estimate:
     """Mean of the rows' means; interval over rows, or over the entries of a single one."""
     means = np.array([row.mean() for row in rows])
-    within = float(np.mean([row.var() / len(row) for row in rows]))
+    within = float(np.mean([_variance_of_mean(row, least, most) for row in rows]))
     between = float(means.var(ddof=1)) if len(rows) > 1 else 0.0
     degrees = len(rows) - 1 if len(rows) > 1 else len(rows[0]) - 1
     quantile = float(_scipy_stats().t.ppf((1 + CONFIDENCE) / 2, max(1, degrees)))
     value, half = float(means.mean()), quantile * math.sqrt(max(between, within) / len(rows))
     return Estimate(value, max(least, value - half), min(most, value + half))
+
+
+def _variance_of_mean(row: NDArray[np.float64], least: float, most: float) -> float:
+    """
+    Variance of the mean of outcomes in [least, most], never 0: twenty successes of twenty leave room for a failure.
+
+    One half of an observation at either end is added, as in Agresti and Coull's and Jeffreys' intervals.
+    """
+    count = len(row) + 1
+    mean = (row.sum() + (least + most) / 2) / count
+    spread = ((row - mean) ** 2).sum() + ((least - mean) ** 2 + (most - mean) ** 2) / 2
+    return float(spread / count / count)
 
 
 def hierarchical_bootstrap(

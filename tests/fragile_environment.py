@@ -20,7 +20,7 @@ class Fragile(TabletopEvaluation):
     def step(self, action):
         self.count += 1
         if self.count == 3 and self.way == "raise":
-            raise RuntimeError("the physics exploded")
+            raise ValueError("the physics exploded")
         if self.count == 3 and self.way == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.count == 3 and self.way == "sleep":

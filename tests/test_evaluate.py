@@ -147,12 +147,17 @@ def test_methods_are_compared_on_the_same_starts(suite, tmp_path, capsys):
     assert report["methods"]["ours"]["all"]["over_seeds"]["value"] == 1.0
     assert report["methods"]["ours"]["all"]["standard_error_over_tasks"] == 0.0
     difference = report["comparisons"]["ours against still"]["all"]["difference"]
-    assert difference["ci95"][0] > 0.5
+    # Two trainings: Student's quantile with one degree of freedom is wide.
+    assert 0 < difference["ci95"][0] < 0.9
     assert main(["evaluate", "--compare", *folders[:2], "--output", str(tmp_path / "paired")]) == 0
     paired = json.loads((tmp_path / "paired" / "comparison.json").read_text())["comparisons"]["ours against still"]
     assert (paired["all"]["wins"], paired["all"]["ties"], paired["all"]["losses"]) == (18, 0, 0)
     assert main(["evaluate", "--compare", folders[0], folders[2], "--output", str(tmp_path / "one")]) == 2
     assert "at least two methods" in capsys.readouterr().err
+    log = tmp_path / "still-seed-0" / "rollouts.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    assert main(["evaluate", "--compare", *folders[:2], "--output", str(tmp_path / "cut")]) == 2
+    assert "is not complete: unseen/reach has 0 of 6 rollouts" in capsys.readouterr().err
 
 
 class OpenVlaServer(BaseHTTPRequestHandler):

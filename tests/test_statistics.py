@@ -36,6 +36,28 @@ def test_intervals_over_seeds_cover_the_truth(seed_deviation):
     assert np.mean(separated) > 0.5
 
 
+@pytest.mark.parametrize("rate", [0.02, 0.98])
+def test_intervals_cover_near_the_ends(rate):
+    generator = np.random.default_rng(5)
+    covered, covered_difference = [], []
+    for _ in range(400):
+        outcomes = [generator.random(20) < rate for _ in range(3)]
+        estimate = seeds_estimate(outcomes)
+        covered.append(estimate.low <= rate <= estimate.high)
+        difference = paired_difference(outcomes, [generator.random(20) < rate for _ in range(3)])
+        covered_difference.append(difference.low <= 0 <= difference.high)
+    assert np.mean(covered) > 0.93
+    assert np.mean(covered_difference) > 0.93
+
+
+def test_no_interval_has_no_width():
+    for outcomes in ([np.ones(20)] * 3, [np.zeros(20)] * 3):
+        estimate = seeds_estimate(outcomes)
+        assert estimate.high - estimate.low > 0.02
+    difference = paired_difference([np.ones(20)] * 3, [np.zeros(20)] * 3)
+    assert 0.5 < difference.low < 1.0
+
+
 def test_three_seeds_need_more_than_a_bootstrap():
     generator = np.random.default_rng(1)
     bootstrap, student = [], []

@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+
+class EnvironmentMisused(ValueError):
+    """A mistake of the caller's, such as an unknown task; any other error of an environment is a crash of it."""
+
+
 # `image` (height, width, 3) uint8 RGB, `instruction` text, optionally `proprio` (proprio_dim,) float32.
 Observation = dict[str, Any]
 
@@ -46,7 +51,7 @@ class EvaluationEnvironment(ABC):
         Starts an episode. The same task and seed give the same start, whatever was played before.
 
         Raises:
-            ValueError: An unknown task; the known ones are listed.
+            EnvironmentMisused: An unknown task; the known ones are listed.
         """
 
     @abstractmethod
@@ -63,9 +68,9 @@ class EvaluationEnvironment(ABC):
         What the environment's scripted expert does now, (action_dim,) float32.
 
         Raises:
-            ValueError: There is none.
+            EnvironmentMisused: There is none.
         """
-        raise ValueError(f"{type(self).__name__} has no scripted expert.")
+        raise EnvironmentMisused(f"{type(self).__name__} has no scripted expert.")
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Frees what it holds."""
@@ -77,4 +82,4 @@ class EvaluationEnvironment(ABC):
         self.close()
 
 
-__all__ = ["EvaluationEnvironment", "Observation", "StepResult"]
+__all__ = ["EnvironmentMisused", "EvaluationEnvironment", "Observation", "StepResult"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapa.evaluation.environments.base import EvaluationEnvironment, Observation, StepResult
+from lapa.evaluation.environments.base import EnvironmentMisused, EvaluationEnvironment, Observation, StepResult
 
 # MetaWorld names its tasks; the sentences are ours.
 INSTRUCTIONS = {
@@ -110,11 +110,13 @@ class MetaWorldEvaluation(EvaluationEnvironment):
         self._expert: Any = None
         self._state: NDArray[np.float64] | None = None
         self._num_steps = 0
+        # An error of the first picture means that OpenGL is missing; one of a later picture is a crash.
+        self._has_drawn = False
 
     def start(self, task: str, seed: int) -> Observation:
         """See `EvaluationEnvironment.start`; the seed draws where the objects and the goal are."""
         if task not in INSTRUCTIONS:
-            raise ValueError(f"`task` must be one of {', '.join(INSTRUCTIONS)}, got {task!r}.")
+            raise EnvironmentMisused(f"`task` must be one of {', '.join(INSTRUCTIONS)}, got {task!r}.")
         # A fresh simulator per episode: MetaWorld's tasks keep what the last one left in their models.
         self.close()
         environment = self._classes[f"{task}-v3"](
@@ -133,7 +135,12 @@ class MetaWorldEvaluation(EvaluationEnvironment):
         environment.seed(seed)
         self._state, _ = environment.reset()
         self._expert = _expert(task)
-        return self._observation()
+        try:
+            return self._observation()
+        except Exception as error:
+            if self._has_drawn:
+                raise
+            raise EnvironmentMisused(f"{MISSING_GL}: {error}") from error
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         """See `EvaluationEnvironment.step`."""
@@ -148,14 +155,12 @@ class MetaWorldEvaluation(EvaluationEnvironment):
         return np.clip(self._expert.get_action(self._state), -1, 1).astype(np.float32)
 
     def _observation(self) -> Observation:
-        try:
-            image = self._environment.render()
-        except Exception as error:
-            raise ValueError(f"{MISSING_GL}: {error}") from error
+        image = self._environment.render()
         if self.camera == CAMERA:
             # This camera hangs upside down.
             image = image[::-1, ::-1]
         assert self._task is not None and self._state is not None
+        self._has_drawn = True
         return {
             "image": np.ascontiguousarray(image),
             "instruction": INSTRUCTIONS[self._task],

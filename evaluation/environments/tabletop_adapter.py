@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapa.evaluation.environments.base import EvaluationEnvironment, Observation, StepResult
-from lapa.evaluation.environments.tabletop import TabletopEnvironment, TabletopExpert
+from lapa.evaluation.environments.base import EnvironmentMisused, EvaluationEnvironment, Observation, StepResult
+from lapa.evaluation.environments.tabletop import FAMILIES, TabletopEnvironment, TabletopExpert
 
 
 class TabletopEvaluation(EvaluationEnvironment):
@@ -25,6 +25,8 @@ class TabletopEvaluation(EvaluationEnvironment):
 
     def start(self, task: str, seed: int) -> Observation:
         """See `EvaluationEnvironment.start`; `proprio` is the effector's place in metres."""
+        if task not in FAMILIES:
+            raise EnvironmentMisused(f"`task` must be one of {', '.join(FAMILIES)}, got {task!r}.")
         observation, _ = self.environment.reset(seed=seed, options={"family": task})
         self._expert = TabletopExpert(self.environment)
         return _observation(observation)
