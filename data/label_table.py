@@ -469,8 +469,8 @@ class LabelFolder:
             )
             missing = missing if is_url(self.path) else f"{missing} units are"
             raise ValueError(f"{path} is not complete: {missing} missing. To finish it: {self.manifest.command}")
-        self.files = tuple(unit["file"] for unit in self.manifest.units)
-        self.rows = tuple(unit["rows"] for unit in self.manifest.units)
+        self.files: tuple[str, ...] = tuple(unit["file"] for unit in self.manifest.units)
+        self.rows: tuple[int, ...] = tuple(unit["rows"] for unit in self.manifest.units)
 
     @property
     def num_rows(self) -> int:
