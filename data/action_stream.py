@@ -142,6 +142,7 @@ class ActionStepPart(StreamPart[Episode, _Step]):
         self.source, self.name, self.weight = source.source, source.name, source.weight
         self.camera, self.unnorm_key = source.chosen_camera, source.key
         self.window, self.use_proprio, self.seed = window, use_proprio, seed
+        self.any_order = self.source.any_order
         self.encode, self.prepare = encode, prepare
         shards = self.source.shards
         self.group_counts = tuple(shard.num_episodes for shard in shards)

@@ -27,6 +27,7 @@ class EpisodeRange(EpisodeSource):
         self.source = source
         self.name, self.frame_gap_seconds, self.warnings = source.name, source.frame_gap_seconds, source.warnings
         self.embodiment, self.unnorm_key = source.embodiment, source.unnorm_key
+        self.any_order = source.any_order
         # Shard of the source, and its first episode in the range.
         self._parts: list[tuple[int, int]] = []
         shards, before = [], 0

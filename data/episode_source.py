@@ -49,6 +49,8 @@ class EpisodeSource(ABC):
         embodiment (`str`, *optional*): Robot or person that acts.
         unnorm_key (`str`, *optional*): Name under which the statistics of its actions are kept.
         warnings (`tuple[str, ...]`): What is announced but absent, or is left out, and why; for people to read.
+        any_order (`bool`): Whether `read` gives episodes in the order they are asked for. Without it they come in that of a
+            compressed archive, so that the source can be read through but not shuffled.
     """
 
     name: str
@@ -56,6 +58,7 @@ class EpisodeSource(ABC):
     embodiment: str | None = None
     unnorm_key: str | None = None
     warnings: tuple[str, ...] = ()
+    any_order: bool = True
 
     @property
     @abstractmethod
@@ -153,31 +156,37 @@ class SkippedEpisodes:
 
 
 def read_or_skip(
-    source: EpisodeSource, shard: int, skipped: SkippedEpisodes | None = None
+    source: EpisodeSource,
+    shard: int,
+    skipped: Callable[[ReadError, int], object] | None = None,
+    episodes: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Episode]]:
     """
-    All episodes of a shard in order.
+    Episodes of a shard, and how many of them cannot be read.
 
     Args:
         source, shard: Which.
-        skipped: Counts each episode that cannot be read, also where one error stands for many; those that are yielded are
-            for the caller to count (`seen`). None raises the first error.
+        skipped: Called, after the last episode, with errors and how many episodes each stands for: together all that did
+            not come. [`SkippedEpisodes`] is one; episodes that are yielded are for the caller to count (`seen`). None
+            raises the first error.
+        episodes: Indices in the shard; all in order when None.
 
     Yields:
         Index in the shard, and the episode.
 
     Raises:
-        ReadError: Without `skipped`; with it where more than its share is skipped.
+        ReadError: Without `skipped`; with it what it raises.
     """
     errors: list[ReadError] = []
-    missing = source.shards[shard].num_episodes
-    for number, episode in source.read(shard, range(missing), raise_error if skipped is None else errors.append):
+    wanted = source.wanted(shard, episodes)
+    missing = len(wanted)
+    for number, episode in source.read(shard, wanted, raise_error if skipped is None else errors.append):
         missing -= 1
         yield number, episode
     if skipped is None or not missing:
         return
     for error in errors[: missing - 1]:
-        skipped(error)
+        skipped(error, 1)
     name = source.shards[shard].name
     last = errors[-1] if errors else ReadError(f"{name} lacks episodes that it announces, and no reason is known.")
     skipped(last, missing - len(errors[: missing - 1]))

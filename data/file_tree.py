@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import IO, Any
 
+from lapa.data.schema import ReadError
 from lapa.data.video_stream import is_url
 
 MAX_DEPTH = 32
@@ -41,7 +42,13 @@ class FileTree:
         )
 
     def location(self, relative: str) -> str:
-        """Local path or URL of a file below, as other readers take it."""
+        """
+        Local path or URL of a file below, as other readers take it.
+
+        Raises:
+            ReadError: A path that leads out of the folder: names of files may come from what lies in it.
+        """
+        _check_below(relative, self.path)
         if not relative:
             return self.path
         if self._system is None:
@@ -53,6 +60,7 @@ class FileTree:
         return "::".join(parts)
 
     def _remote(self, relative: str) -> str:
+        _check_below(relative, self.path)
         return f"{self._root.rstrip('/')}/{relative}" if relative else self._root
 
     def is_folder(self, relative: str = "") -> bool:
@@ -103,6 +111,11 @@ class FileTree:
         if depth > 0:
             for name in folders:
                 yield from self.walk(f"{relative}/{name}" if relative else name, depth - 1)
+
+
+def _check_below(relative: str, folder: str) -> None:
+    if os.path.isabs(relative) or relative.startswith("/") or ".." in relative.split("/"):
+        raise ReadError(f"{relative!r} does not lie below {folder}.")
 
 
 def _visible(names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lapa.data.episode_source import EpisodeSource
+from lapa.data.episode_source import EpisodeSource, read_or_skip
 from lapa.data.frame_pairs import image_height_width
 from lapa.data.hugging_face_rows import (
     COUNTS,
@@ -257,7 +257,8 @@ def _generate(
     """Rows of some pieces; `datasets` calls it with one at a time, or with those of a worker."""
     for piece in pieces:
         source = sources[piece.source]
-        for _, episode in source.source.read(piece.shard, piece.episodes, tally):
+        skipped = None if tally.on_error == "raise" else tally
+        for _, episode in read_or_skip(source.source, piece.shard, skipped, piece.episodes):
             try:
                 yield from rows(source, episode, options, tally)
             except ReadError as error:

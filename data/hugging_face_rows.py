@@ -64,11 +64,11 @@ class Tally:
             raise ValueError(f"`max_skipped` must lie in [0, 1], got {self.max_skipped}.")
         self.skipped = SkippedEpisodes(self.max_skipped)
 
-    def __call__(self, error: ReadError) -> None:
-        """The `on_error` of a reader."""
+    def __call__(self, error: ReadError, count: int = 1) -> None:
+        """What is done about episodes that cannot be read."""
         if self.on_error == "raise":
             raise error
-        self.skipped(error)
+        self.skipped(error, count)
 
     def end_piece(self) -> None:
         """A piece was read: says what came of all so far. After the last, the share of what was skipped is checked."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapa.data.contact_sheet import Tile, make_tile
-from lapa.data.episode_source import EpisodeSource, raise_error
+from lapa.data.episode_source import EpisodeSource, read_or_skip
 from lapa.data.frame_pairs import read_pairs, seconds_between
 from lapa.data.inspection_totals import EpisodeTotals
 from lapa.data.mixture import FramePairSource
@@ -155,15 +155,15 @@ def _episodes(
     if not wanted:
         return
     found, failures = set(), list[ReadError]()
-    handler = raise_error if on_error == "raise" else totals.add_unreadable
+    skipped = None if on_error == "raise" else totals.add_unreadable
     if whole.cameras == source.cameras:
-        yield from (episode for _, episode in source.read(shard, wanted, handler))
+        yield from (episode for _, episode in read_or_skip(source, shard, skipped, wanted))
         return
     for index, episode in whole.read(shard, wanted, failures.append):
         found.add(index)
         yield episode
     missing = [index for index in wanted if index not in found]
-    for place, (_, episode) in enumerate(source.read(shard, missing, handler) if missing else ()):
+    for place, (_, episode) in enumerate(read_or_skip(source, shard, skipped, missing) if missing else ()):
         totals.other_cameras.add("not said which", str(failures[min(place, len(failures) - 1)]))
         yield episode
 

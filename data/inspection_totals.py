@@ -28,9 +28,9 @@ class Reasons:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def add(self, reason: str, example: str) -> None:
-        """Counts one episode."""
-        self.counts[reason] += 1
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts one episode, or `count` that are lost for the same reason."""
+        self.counts[reason] += count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < MAX_LISTED:
             examples.append(example)
@@ -116,9 +116,9 @@ class EpisodeTotals:
         self._add_numbers("proprio", episode.proprio, None)
         return steps
 
-    def add_unreadable(self, error: ReadError) -> None:
-        """Counts an episode that a reader skips, or from some frame on."""
-        self.skipped.add(UNREADABLE, str(error))
+    def add_unreadable(self, error: ReadError, count: int = 1) -> None:
+        """Counts an episode that a reader skips, or from some frame on, or `count` that are lost for the same reason."""
+        self.skipped.add(UNREADABLE, str(error), count)
 
     def _format(self, episode: Episode, camera: str) -> FrameFormat | None:
         frames = episode.frames[camera]

@@ -104,6 +104,17 @@ def is_published_file(path: str) -> bool:
     return path.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
+def holds_rows(path: str) -> bool:
+    """Whether a path is that of a published file; of a `.json` file its first row tells, which may be a mixture's."""
+    if not path.endswith(".json"):
+        return is_published_file(path)
+    try:
+        published_target(path)
+    except ValueError:
+        return False
+    return True
+
+
 def read_rows(path: str | Path, target: str, on_error: OnError = raise_error) -> Iterator[PublishedRow]:
     """
     Reads the rows of a file one by one, holding no more than one of them.
@@ -452,6 +463,7 @@ __all__ = [
     "FIELDS",
     "MAX_ROW_BYTES",
     "PublishedRow",
+    "holds_rows",
     "is_published_file",
     "published_target",
     "read_rows",

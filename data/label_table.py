@@ -24,6 +24,7 @@ import numpy as np
 
 from lapa.data.atomic_files import write_atomically
 from lapa.data.file_tree import FileTree
+from lapa.data.label_checks import MAX_GROUP_BYTES, check_manifest, check_table
 from lapa.data.parquet_rows import BUFFER_BYTES, parquet_errors
 from lapa.data.read_counts import PairCounts
 from lapa.data.schema import ReadError
@@ -291,7 +292,8 @@ class LabelManifest:
         try:
             values = json.loads(content)
             if values.get("version") != VERSION:
-                raise ValueError(f"{name} has version {values.get('version')!r}, this code reads {VERSION}.")
+                raise ReadError(f"{name} has version {values.get('version')!r:.50}, this code reads {VERSION}.")
+            check_manifest(values, FORMATS, unit_file)
             totals = values.get("totals")
             return cls(
                 LabelSettings.from_dict(values["settings"]),
@@ -301,8 +303,12 @@ class LabelManifest:
                 dict(values["sources"]),
                 list(values["units"]),
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ReadError:
+            raise
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} is damaged: {error!r}.") from error
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{name} is damaged: {error}.") from error
 
     @classmethod
     def load(cls, folder: str | Path) -> "LabelManifest":
@@ -463,8 +469,8 @@ class LabelFolder:
             )
             missing = missing if is_url(self.path) else f"{missing} units are"
             raise ValueError(f"{path} is not complete: {missing} missing. To finish it: {self.manifest.command}")
-        self.files = tuple(str(unit["file"]) for unit in self.manifest.units)
-        self.rows = tuple(int(unit["rows"]) for unit in self.manifest.units)
+        self.files: tuple[str, ...] = tuple(unit["file"] for unit in self.manifest.units)
+        self.rows: tuple[int, ...] = tuple(unit["rows"] for unit in self.manifest.units)
 
     @property
     def num_rows(self) -> int:
@@ -489,7 +495,8 @@ class LabelFolder:
         """
         import pyarrow.parquet as pq
 
-        name = self.tree.location(self.files[file])
+        settings, name = self.manifest.settings, self.tree.location(self.files[file])
+        schema = label_schema(settings)
         with parquet_errors(name):
             with self.tree.open(self.files[file]) as stream:
                 parquet = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
@@ -500,7 +507,16 @@ class LabelFolder:
                 if parquet.metadata.num_row_groups != self.group_count(file):
                     raise ReadError(f"{name} has {parquet.metadata.num_row_groups} row groups, not those it had.")
                 for group in groups:
-                    yield parquet.read_row_group(group, columns=list(columns), use_threads=False)
+                    announced = parquet.metadata.row_group(group)
+                    expected = min(settings.row_group_rows, self.rows[file] - group * settings.row_group_rows)
+                    if announced.num_rows != expected or announced.total_byte_size > MAX_GROUP_BYTES:
+                        raise ReadError(
+                            f"{name} has {announced.num_rows} rows of {announced.total_byte_size} bytes in row group "
+                            f"{group}, not {expected} rows of at most {MAX_GROUP_BYTES} bytes."
+                        )
+                    table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
+                    check_table(table, schema, settings.codebook_size, settings.num_latent_tokens, name)
+                    yield table
 
 
 __all__ = [

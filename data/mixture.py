@@ -90,7 +90,7 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
     def __init__(self, source: FramePairSource, image_size: int | Sequence[int] | None) -> None:
         self.source, self.gap = source.source, source.gap
         self.name, self.weight, self.filters = source.name, source.weight, tuple(source.filters)
-        self.camera = source.chosen_camera
+        self.camera, self.any_order = source.chosen_camera, source.source.any_order
         self.size = image_height_width(image_size)
         shards = self.source.shards
         self.group_counts = tuple(shard.num_episodes for shard in shards)

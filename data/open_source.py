@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lapa.data.pair_filters import PairFilter
 
 MIXTURE_ENDINGS = (".yaml", ".yml", ".json")
+# Options that say the same thing in two ways: where a source of a mixture has one of them, neither is taken from outside.
+SAME_MEANING = (("frame_gap", "frame_gap_seconds"), ("camera", "cameras"))
 
 
 class SourceKind(NamedTuple):
@@ -299,7 +301,8 @@ def mixture_entries(spec: str | Path | Sequence[SourceSpec], **options: Any) -> 
         where, path = f"source {number} of the mixture ({own.get('path')})", own.get("path")
         if folder and isinstance(path, (str, Path)) and "://" not in str(path):
             own["path"] = os.path.join(folder, str(path))
-        own = {**options, **own}
+        decided = {name for names in SAME_MEANING if own.keys() & set(names) for name in names}
+        own = {**{name: value for name, value in options.items() if name not in decided}, **own}
         try:
             found += _open_x_entries(where, own) if "open_x" in own else [MixtureEntry(where, own)]
         except (ValueError, TypeError) as error:

@@ -88,6 +88,11 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         for part in self.parts:
             if not 0 < part.weight < float("inf"):
                 raise ValueError(f"`weight` of source {part.name!r} must be above 0 and finite, got {part.weight}.")
+            if not part.any_order:
+                raise ValueError(
+                    f"source {part.name!r} is an archive in parts, which is read from its start to its end: it cannot be "
+                    "shuffled. Unpack it (`cat PARTS-?? | tar xz`) and name the folder of its files."
+                )
             if not sum(part.group_counts):
                 raise ValueError(f"source {part.name!r} is empty: it has no {part.new_counts().group_name}.")
         names = [part.name for part in self.parts]

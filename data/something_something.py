@@ -102,6 +102,7 @@ class SomethingSomethingSource(ClipSource):
         )
         if not self.clips:
             raise ValueError(f"`path` {path!r} has no video of split {split!r}.")
+        self.any_order = not isinstance(self._videos, SplitArchive)
         self.warnings = (*self._videos.warnings, *_mismatches(self._videos, rows, split, files))
 
     @staticmethod
@@ -283,7 +284,7 @@ def _mismatches(
     if packs is None:
         yield (
             f"{videos.tree.path} is an archive in parts: it is read from its start to its end by one worker. "
-            f"To shuffle or share the work, unpack it: cat {VIDEO_FOLDER}-?? | tar xz"
+            f"To train on it, or to share the work, unpack it: cat {VIDEO_FOLDER}-?? | tar xz"
         )
         return
     present = {video for ids in packs.values() for video in ids}

@@ -41,11 +41,13 @@ class StreamPart(ABC, Generic[Group, Item]):
         name (`str`): Unique among the parts.
         weight (`float`): How often it gives the next item, relative to the others.
         group_counts (`tuple[int, ...]`): Groups of each shard.
+        any_order (`bool`): Whether `open` keeps to the order of `groups`, which a stream needs.
     """
 
     name: str
     weight: float
     group_counts: tuple[int, ...]
+    any_order: bool = True
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from label_files import label_rows, label_settings, write_label_folder
 from lerobot_files import SMALL, TASKS, TOP, write_lerobot
 from mutations import (
     AVI,
@@ -36,6 +38,8 @@ from video_files import encode_video, moving_frames
 from lapa.data.episode_source import EpisodeSource
 from lapa.data.frame_pairs import FrameGap, read_pairs
 from lapa.data.jsonl import published_target, read_rows
+from lapa.data.label_table import LabelFolder, label_schema
+from lapa.data.labelled_stream import decode_stored_image, has_instruction
 from lapa.data.open_source import open_source
 from lapa.data.schema import Episode, ReadError
 
@@ -97,6 +101,23 @@ def read_published(root: Path) -> list[str]:
     for _ in read_rows(path, published_target(path), skipped.append):
         pass
     return [str(error) for error in skipped]
+
+
+def read_labels(root: Path) -> list[str]:
+    """Opens a folder of labels and reads all its row groups, decoding some of their images."""
+    folder, skipped = LabelFolder(root), list[str]()
+    columns = [name for name in label_schema(folder.manifest.settings).names if name != "timestamp"]
+    for file in range(len(folder.files)):
+        try:
+            for table in folder.read_groups(file, range(folder.group_count(file)), columns):
+                has_instruction(table["instruction"])
+                codes = np.array(table["latent_action_codes"].to_pylist(), np.int64)
+                assert codes.shape == (len(table), folder.manifest.num_latent_tokens)
+                for image in table["image"][:1].to_pylist():
+                    decode_stored_image(image["bytes"], folder.tree.location(folder.files[file]))
+        except ReadError as error:
+            skipped.append(str(error))
+    return skipped
 
 
 def plain(tokens: Sequence[bytes] = (), others: Sequence[bytes] = ()) -> Damage:
@@ -251,7 +272,7 @@ LABELS = [
 ]
 
 
-def _label_json() -> Target:
+def _something_something_labels() -> Target:
     labels = "something-something-v2-train.json"
     files = {f"20bn-something-something-v2/{n}.webm": _clip("vp8-webm") for n in (1, 2)}
     return Target(
@@ -259,6 +280,19 @@ def _label_json() -> Target:
         [(labels, damage_json)],
         partial(read_source, kind="something_something"),
     )
+
+
+def _labels(kind: str) -> Target:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = label_rows()
+        write_label_folder(Path(folder) / "set", {0: rows, 1: rows[:4]}, label_settings(2))
+        files = files_below(Path(folder) / "set")
+    path = "data/labels-00000-of-00002.parquet"
+    damages: dict[str, list[tuple[str, Damage]]] = {
+        "json": [("labels.json", damage_json)],
+        "parquet": [(path, plain((b"PAR1", b"PARE"))), (path, _damage_footer), (path, _damage_table)],
+    }
+    return Target(files, damages[kind], read_labels)
 
 
 CAPTIONS = {
@@ -381,7 +415,9 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "action.jsonl": partial(_published, "action.jsonl", _action_row),
     "action.json": partial(_published, "action.json", _conversation),
     "latent.jsonl.gz": partial(_published, "latent.jsonl.gz", _latent_row),
-    "labels": _label_json,
+    "something_something_labels": _something_something_labels,
+    "labels.json": partial(_labels, "json"),
+    "labels.parquet": partial(_labels, "parquet"),
     **{name: partial(_captions, name) for name in CAPTIONS},
     "lerobot_v2.1_json": partial(_lerobot, "v2.1", "json"),
     "lerobot_v3.0_json": partial(_lerobot, "v3.0", "json"),

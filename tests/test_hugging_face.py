@@ -14,6 +14,7 @@ from shared_files import shared_path
 from torch.utils.data import DataLoader
 from video_files import encode_video, moving_frames
 
+from lapa.data.episode_source import raise_error
 from lapa.data.frame_pairs import FrameGap, episode_frame_pairs, resize_frame
 from lapa.data.hugging_face import (
     episode_dataset,
@@ -161,6 +162,27 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ReadError, match="2 of 4 episodes could not be read"):
         pair_dataset(gapped, on_error="skip", max_skipped=0.4, cache_dir=tmp_path)
     assert len(pair_dataset(gapped, on_error="skip", max_skipped=0.5, cache_dir=tmp_path)) == 4
+
+
+def test_one_error_that_stands_for_many_episodes(tmp_path, caplog):
+    """As where a file is missing: what did not come is what counts, not how often it was said."""
+
+    class Lost(MemorySource):
+        def read(self, shard, episodes=None, on_error=raise_error):
+            if shard == 0:
+                yield from super().read(shard, episodes, on_error)
+            else:
+                on_error(ReadError("the file is missing"))
+
+    source = FramePairSource(Lost("lost", [[3, 3], [3] * 5, [3]]), frame_gap=2)
+    with pytest.raises(ReadError, match=r"6 of 8 episodes could not be read, .* `max_skipped`"):
+        pair_dataset(source, on_error="skip", max_skipped=0.5, cache_dir=tmp_path)
+    assert len(pair_dataset(source, on_error="skip", max_skipped=0.75, cache_dir=tmp_path)) == 2
+    with pytest.raises(ReadError, match="the file is missing"):
+        list(iterable_pair_dataset(source))
+    with caplog.at_level("INFO", "lapa.data.hugging_face_rows"):
+        assert len(list(iterable_pair_dataset(source, on_error="skip", max_skipped=0.1))) == 2
+    assert caplog.messages[-1].endswith("unreadable 6")
 
 
 def test_the_cache_is_found_again_and_by_all_that_rows_depend_on(tmp_path):

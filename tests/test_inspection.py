@@ -9,6 +9,7 @@ import pytest
 from lerobot_files import RECORDINGS, TASKS, TOP, VIDEO_PATHS, WRIST, png, write_lerobot
 from PIL import Image
 from shared_files import shared_path
+from tfds_files import TOY_FEATURES, frame_record, toy_episode, write_tfds_folder
 from video_files import encode_video, moving_frames
 
 from lapa.cli import main
@@ -130,6 +131,16 @@ def test_a_sample_says_that_it_is_one(videos, capsys):
     assert "2 of 4 episodes, evenly spaced" in capsys.readouterr().out
     assert main(["inspect", str(videos), "--max-episodes", "all"]) == 0
     assert "evenly spaced" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_cut_short_loses_all_that_it_announced(tmp_path, capsys):
+    records = [toy_episode(number) for number in range(6)]
+    folder = write_tfds_folder(tmp_path / "toy", TOY_FEATURES, [records])
+    (path,) = folder.glob("*tfrecord*")
+    path.write_bytes(path.read_bytes()[: len(frame_record(records[0])) + 20])
+    content = inspect(capsys, folder, "--frame-gap", "1")
+    assert (content["episodes"], content["episodes_read"]) == (6, 1)
+    assert content["pairs"]["skipped_episodes"]["unreadable"]["episodes"] == 5
 
 
 def test_damage_in_another_camera_skips_nothing(tmp_path, capsys):

@@ -14,6 +14,7 @@ from shared_files import shared_path
 from video_files import encode_video, moving_frames
 
 from lapa.data.folders import FrameFolderSource, VideoFolderSource
+from lapa.data.frame_pairs import FrameGap
 from lapa.data.lerobot_format import LeRobotSource
 from lapa.data.open_source import (
     SOURCE_KINDS,
@@ -149,6 +150,29 @@ def test_a_mixture_file(folders, tmp_path):
     (single,) = open_mixture([{"path": folders / "frames", "frequency": 5}], filters="blank")
     assert single.source.frequency == 5 and single.filters == (BlankFrames(),)
     assert is_mixture([folders / "frames"]) and not is_mixture(folders / "frames")
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "expected"),
+    [
+        ({"frame_gap": 3}, {"frame_gap_seconds": 0.6}, FrameGap(3, None)),
+        ({"frame_gap_seconds": 0.6}, {"frame_gap": 3}, FrameGap(None, 0.6)),
+        ({"frame_gap_seconds": 0.6}, {"frame_gap": None, "frame_gap_seconds": 2.4}, FrameGap(None, 0.6)),
+        ({}, {"frame_gap": 3}, FrameGap(3, None)),
+    ],
+)
+def test_a_source_of_a_mixture_has_its_own_gap_in_its_own_unit(own, options, expected, folders):
+    (source,) = open_mixture([{"path": folders / "videos", **own}], **options)
+    assert source.gap == expected
+
+
+def test_a_source_of_a_mixture_has_its_own_camera(folders):
+    """However it and the option for all sources name it."""
+    robot = {"path": folders / "rlds" / "1.0.0"}
+    (one,) = open_mixture([{**robot, "cameras": ["image_1"]}], camera="image_0")
+    assert one.chosen_camera == "image_1" and one.source.cameras == ("image_1",)
+    (one,) = open_mixture([{**robot, "camera": "image_1"}], cameras=["image_0"])
+    assert one.chosen_camera == "image_1" and one.source.cameras == ("image_1",)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ import pytest
 from video_files import encode_video, moving_frames
 
 from lapa.data import something_something
+from lapa.data.episode_range import EpisodeRange
+from lapa.data.episode_source import SkippedEpisodes, read_or_skip
 from lapa.data.file_tree import FileTree
+from lapa.data.mixture import FramePairSource, FramePairStream
 from lapa.data.schema import ReadError
 from lapa.data.something_something import VIDEO_FOLDER, SomethingSomethingSource
 from lapa.data.tar_files import stream_members, tar_members
@@ -131,6 +134,26 @@ def test_every_layout_gives_the_same_episodes(layout, tmp_path, contents):
             f"1 of 3 videos that {place} lists are not here: 100",
             "1 of 5 videos are in no label file: 77",
         )
+
+
+def test_archive_parts_are_read_through_but_not_streamed(tmp_path, contents):
+    """A stream shuffles, and what comes in another order than it asks for would count as lost."""
+    as_parts(tmp_path, contents)
+    write_labels(tmp_path)
+    source = SomethingSomethingSource(str(tmp_path), split=None)
+    for entry in (source, EpisodeRange(source, 2)):
+        with pytest.raises(ValueError, match=r"archive in parts, .* Unpack it \(`cat PARTS-\?\? \| tar xz`\)"):
+            FramePairStream([FramePairSource(entry, frame_gap=1)], on_error="skip")
+    skipped = SkippedEpisodes(1.0)
+    read = [source.clips[0][index] for index, _ in read_or_skip(source, 0, skipped)]
+    # As they lie in the archive; 100 and 4 are listed and not in it.
+    assert read == ["78687", "9", "5", "3"] and skipped.num_skipped == 2
+    for part in tmp_path.glob(f"{VIDEO_FOLDER}-??"):
+        part.unlink()
+    as_folder(tmp_path, contents)
+    source = SomethingSomethingSource(str(tmp_path), split=None)
+    stream = FramePairStream([FramePairSource(source, frame_gap=1)], repeat=False)
+    assert {example["episode_id"] for example in stream} == {"78687", "9", "5", "3", "77"}
 
 
 def test_splits_are_those_of_the_label_files(layout, tmp_path):

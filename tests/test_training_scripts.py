@@ -1,5 +1,6 @@
 """The four commands chain on real data, and say what is wrong in one line."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -259,6 +260,36 @@ def test_the_latent_head_is_kept_on_request(chain, tmp_path):
         else:
             with pytest.raises(ValueError, match="retired"):
                 policy.predict_latent_action(**inputs)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
+@pytest.mark.parametrize("kind", ["latent", "action", "conversations"])
+def test_every_published_file_trains_where_its_rows_have_codes(kind, ending, chain, tmp_path, capsys):
+    rows = [{"instruction": "push", "vision": [number] * 16} for number in range(3)]
+    for number, row in enumerate(rows):
+        raw = [0.1 * number] * 6 + [number % 2]
+        if kind == "latent":
+            row["delta"] = [number] * 4
+        elif kind == "action":
+            row["raw_actions"] = raw
+        else:
+            row["conversations"] = [{"value": "push"}, {"raw_actions": raw}]
+    options = ["--model", str(chain / "policy"), "--max_steps", "1", "--per_device_train_batch_size", "2", *CPU]
+
+    def train(content, name):
+        path = tmp_path / f"{name}{ending}"
+        lines = [json.dumps(row) for row in content]
+        text = "\n".join(lines) if "jsonl" in ending else f"[{','.join(lines)}]"
+        path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+        command = scripts.pretrain if kind == "latent" else scripts.finetune
+        return command(["--data", str(path), "--output_dir", str(tmp_path / f"{name}_out"), *options])
+
+    assert train(rows, "codes") == 0, capsys.readouterr().err
+    for row in rows:
+        row["image"] = "a.jpg"
+    del rows[1]["vision"]
+    capsys.readouterr()
+    assert f"images{ending}, row 2: `vision` is missing" in error_of(capsys, train(rows, "images"))
 
 
 def test_augmented_finetuning_leaves_a_policy_that_crops(chain, bridge, tmp_path, capsys):
