@@ -346,10 +346,12 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
     def draw_samples(self, step: int) -> None:
         """Writes `samples/step-*.png` below the output folder, and the same picture to tensorboard."""
         batch = self._prepare_inputs(self.data_collator(self._sample_examples()))
+        # Not the actions: there is a loss of them, and no part in the picture.
+        instructions = {"instruction_ids": batch["instruction_ids"]} if "instruction_ids" in batch else {}
         quantizer, was_training = self.quantizer, self.quantizer.training
         quantizer.eval()
         try:
-            reconstruction = quantizer(batch["pixel_values"]).reconstruction
+            reconstruction = quantizer(batch["pixel_values"], **instructions).reconstruction
         finally:
             quantizer.train(was_training)
         grid = reconstruction_grid(batch["pixel_values"], reconstruction)
