@@ -171,7 +171,7 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -186,6 +186,8 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         if outputs.latent_action_codes is not None:
             counts = count_codes(outputs.latent_action_codes, self.codebook_size)
         if model.training:
+            # Before the published rule takes its codes from them.
+            self.refuse_bad_loss(outputs.loss, inputs)
             self._count_batch(counts, outputs, means)
         else:
             if counts is not None:
