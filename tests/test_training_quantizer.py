@@ -211,9 +211,10 @@ def test_fresh_codebook_starts_from_embeddings(tmp_path):
     embeddings = {}
     start = trainer._start_codebook
 
-    def watch(pixel_values):
+    def watch(batches):
+        pixel_values = torch.cat(batches)
         embeddings["first"] = trainer.model.encode(pixel_values).latent_action_embeddings.detach().flatten(0, 1)
-        start(pixel_values)
+        start(batches)
 
     trainer._start_codebook = watch
     trainer.train()
@@ -237,11 +238,12 @@ def test_a_quantizer_without_codebook_trains(tmp_path):
     assert trainer.state.log_history[0]["codes_used"] >= 1
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "nsvq"])
-def test_accumulated_gradients_equal_one_batch(tmp_path, quantizer):
-    """NSVQ's noise is drawn in the order of the samples of a step, however they are divided."""
+@pytest.mark.parametrize("quantizer, init_batches", [("vq", 0), ("nsvq", 0), ("nsvq", 1), ("nsvq", 2)])
+def test_accumulated_gradients_equal_one_batch(tmp_path, quantizer, init_batches):
+    """NSVQ's noise and the codebook's start are drawn in the order of the samples of a step, however they are divided."""
     sizes = {"quantizer": quantizer}
-    settings = {"max_steps": 3, "codebook_update": "none", "codebook_init_from_data": False, "max_grad_norm": 0.5}
+    settings = {"max_steps": 3, "codebook_update": "none", "max_grad_norm": 0.5}
+    settings |= {"codebook_init_from_data": init_batches > 0, "codebook_init_batches": max(init_batches, 1)}
     one = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=8, **settings)
     one.train()
     split = trainer_for(
@@ -397,6 +399,7 @@ def test_bad_arguments(tmp_path):
         ({"codebook_update": "never"}, "codebook_update"),
         ({"codebook_update_interval": 0}, "codebook_update_interval"),
         ({"codebook_init_batches": 0}, "codebook_init_batches"),
+        ({"codebook_update": "published", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
         ({"codebook_update_threshold": 1.5}, "codebook_update_threshold"),
         ({"num_sample_reconstructions": -1}, "num_sample_reconstructions"),
     ):
