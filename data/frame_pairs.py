@@ -272,7 +272,7 @@ def open_pairs(episode: Episode, camera: str, gap: FrameGap, counts: PairCounts)
     return pairs.steps
 
 
-class FramePairDataset(Dataset[dict[str, torch.Tensor]]):
+class FramePairDataset(Dataset[dict[str, Any]]):
     r"""
     Every pair of frames that lies `frame_gap` apart inside one episode, in order.
 
@@ -317,12 +317,15 @@ class FramePairDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        """`frames` (2, 3, height, width) uint8, first and second frame."""
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        """`frames` (2, 3, height, width) uint8, first and second frame, and `example_id`."""
         episode, *steps = (int(value) for value in self.index[item])
-        frames = self.episodes[episode]
-        pair = [_checked_frame(frames[step], self.image_size, f"frame {step} of episode {episode}") for step in steps]
-        return {"frames": torch.from_numpy(np.stack(pair)).permute(0, 3, 1, 2)}
+        recorded = self.episodes[episode]
+        pair = [
+            _checked_frame(recorded[step], self.image_size, f"frame {step} of episode {episode}") for step in steps
+        ]
+        frames = torch.from_numpy(np.stack(pair)).permute(0, 3, 1, 2)
+        return {"frames": frames, "example_id": f"episode {episode} steps {steps[0]} and {steps[1]}"}
 
 
 class FramePairCollator:
@@ -335,7 +338,7 @@ class FramePairCollator:
     ```
     """
 
-    def __call__(self, examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
             examples: Each with `frames` (2, 3, height, width) uint8.

@@ -85,11 +85,13 @@ def code_file(folder: str | Path, labels_file: str) -> Path:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """Rows of a row group that belong to a source, `positions` among its rows."""
+    """Rows of a row group that belong to a source, `positions` among its rows; it begins at row `offset` of `file`."""
 
     table: Any
     positions: NDArray[np.int64]
     vision_codes: NDArray[Any] | None
+    file: str
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class _Step:
     latent_action_codes: NDArray[np.int64]
     image: bytes | None
     vision_codes: NDArray[np.int64] | None
+    file: str
+    row: int
 
 
 def has_instruction(column: Any) -> NDArray[np.bool_]:
@@ -167,7 +171,7 @@ class LabelPart(StreamPart[_RowGroup, _Step]):
         if file == last[0]:
             inside &= places < last[1]
         rows = None if codes is None else np.asarray(codes[offset : offset + len(table)])
-        return _RowGroup(table, np.flatnonzero(inside), rows)
+        return _RowGroup(table, np.flatnonzero(inside), rows, self.folder.files[file], offset)
 
     def items(self, group: _RowGroup, counts: ReadCounts) -> NDArray[np.int64]:
         """As in `StreamPart`: (num_steps, 1) rows that have an instruction."""
@@ -187,8 +191,10 @@ class LabelPart(StreamPart[_RowGroup, _Step]):
                 np.array(row["latent_action_codes"], dtype=np.int64),
                 row["image"]["bytes"] if "image" in row else None,
                 np.array(row["vision_codes"], dtype=np.int64) if "vision_codes" in row else own,
+                group.file,
+                group.offset + position,
             )
-            for row, own in zip(rows, codes)
+            for row, own, position in zip(rows, codes, items[:, 0].tolist())
         ]
 
     def example(self, item: _Step, reference: Reference) -> dict[str, Any]:
@@ -200,6 +206,7 @@ class LabelPart(StreamPart[_RowGroup, _Step]):
         if item.image is not None:
             image = decode_stored_image(item.image, f"an image of {self.folder.path}")
             example["pixel_values"] = np.asarray(self.processor.image_processor(image)["pixel_values"][0])
+        example["example_id"] = f"{self.folder.tree.name}/{item.file} row {item.row}"
         return example
 
 
@@ -225,7 +232,8 @@ class LabelledStepStream(ShuffledStream):
     >>> sources = [LabelSource(LabelFolder("bridge-labels"), weight=2.0), LabelSource(LabelFolder("ssv2-labels"))]
     >>> stream = LabelledStepStream(sources, processor, seed=0)
     >>> next(iter(stream))
-    {'input_ids': array([...]), 'labels': array([...]), 'pixel_values': array([...])}
+    {'input_ids': array([...]), 'labels': array([...]), 'pixel_values': array([...]),
+     'example_id': 'bridge-labels/data/... row 17'}
     ```
 
     Steps without an instruction are left out and counted. Order, division and state are those of [`ShuffledStream`].

@@ -28,6 +28,7 @@ from lapa.evaluation.quantizer_report_motion import PairMotion, measure_motion
 from lapa.evaluation.quantizer_report_probes import MIN_PAIRS, action_probes
 from lapa.evaluation.quantizer_report_sample import PairSample, sample_pairs
 from lapa.evaluation.quantizer_report_verdict import judge
+from lapa.training.label_latent_actions import check_has_codes
 
 # A few thousand pairs bring every interval to a few hundredths; more is slower only.
 DEFAULT_MAX_PAIRS = 2000
@@ -71,9 +72,10 @@ def measure_quantizer(
         max_pairs, seed, target, last_episodes, on_error: See `sample_pairs`.
 
     Raises:
-        ValueError: Sources that give no pair, an argument out of range.
+        ValueError: Sources that give no pair, an argument out of range, a quantizer without codes.
     """
     config = runner.quantizer.config
+    check_has_codes(config)
     sample = sample_pairs(sources, config.image_height_width, max_pairs, seed, target, last_episodes, on_error)
     encoded = encode_sample(runner, sample)
     codes, motion = encoded.codes, measure_motion(sample)

@@ -1,5 +1,6 @@
 """The verdict on a quantizer: one table of thresholds, and which of them are met."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,14 @@ class Criterion:
 
 
 def _low(cell: dict[str, Any] | None) -> float | None:
-    """Lower end of the interval: a claim has to hold beyond chance. The value itself where there is no interval."""
-    if cell is None or cell["value"] is None:
+    """
+    Lower end of the interval: a claim has to hold beyond chance. The value itself where there is no interval, None where
+    there is no value: nothing varied that it is a share of.
+    """
+    if cell is None or cell["value"] is None or not math.isfinite(cell["value"]):
         return None
     low = cell["ci95"][0]
-    return float(cell["value"] if low is None else low)
+    return float(cell["value"] if low is None or not math.isfinite(low) else low)
 
 
 def _usage(report: Report) -> float:
@@ -65,7 +69,8 @@ def _tells_motion(report: Report) -> float | None:
     """From the actions where there are any, from the picture otherwise."""
     probes = report["probe"]
     if probes["linear"] is not None:
-        return max(_low(probes["linear"]["r2"]) or -1.0, _low(probes["mlp"]["r2"]) or -1.0)
+        found = [low for name in ("linear", "mlp") if (low := _low(probes[name]["r2"])) is not None]
+        return max(found, default=None)
     inner = report["leakage"]["inner_motion"]
     return None if inner is None else _low(inner["r2"])
 

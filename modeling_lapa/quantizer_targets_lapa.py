@@ -57,7 +57,7 @@ class LapaQuantizerActionHead(nn.Module):
         std = actions.new_tensor(config.action_std or [1.0] * actions.shape[-1])
         target = torch.where(known.unsqueeze(-1), (actions - mean) / std, 0.0)
         error = (self(embeddings).float() - target).square().mean(-1) * known
-        # Over the known pairs of all processes: a process may have none in its batch.
+        # In training over the known pairs of all processes: a process may have none in its batch.
         share = mean_over_processes(known.float().mean())
         return error.mean() / share.clamp(min=1 / (known.numel() * 1e6))
 

@@ -43,9 +43,12 @@ def mean_over_processes(mean: torch.Tensor) -> torch.Tensor:
     A batch mean as the mean over the batches of all processes, with the gradient of this process's part.
 
     Gradients are averaged over processes later, so that the whole is the gradient of the mean over the global batch.
+    Without gradients the mean is this batch's own: one process may look at a few pairs while the others do not wait for it.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return mean
+    if not torch.is_grad_enabled():
         return mean
     total = mean.detach().clone()
     distributed.all_reduce(total)

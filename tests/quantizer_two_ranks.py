@@ -37,8 +37,8 @@ def main(output: str, world_size: int) -> None:
     )  # fmt: skip
     arguments = LapaQuantizerTrainingArguments(
         f"{output}.run", max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world_size, learning_rate=3e-4,
-        logging_steps=3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, num_sample_reconstructions=0, codebook_update_interval=3,
-        codebook_update_threshold=0.9, codebook_init_batches=2,
+        logging_steps=3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, num_sample_reconstructions=2, sample_interval=3,
+        codebook_update_interval=3, codebook_update_threshold=0.9, codebook_init_batches=2,
     )  # fmt: skip
     codes: list[torch.Tensor] = []
     trainer = LapaQuantizerTrainer(LapaQuantizer(config), arguments, Squares())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from test_training_quantizer import moving_square
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -59,6 +60,66 @@ def test_probe_and_intervals_by_hand(benchmark):
     assert 0.4 < high - low < 0.7
     assert benchmark.usage(np.array([[0, 0], [1, 1]]), 8) == {"codes_used": 2, "perplexity": pytest.approx(2)}
     assert pairs.held_out().sum() == 40 and not pairs.held_out()[:160].any()
+
+
+def test_the_recipe_is_what_the_benchmark_calls_ours(benchmark):
+    recipe = yaml.safe_load((BENCHMARKS.parent / "training" / "recipes" / "quantizer_small.yaml").read_text())
+    layout, loop = benchmark.VARIANTS["ours"]
+    assert recipe.pop("quantizer_config") == {**benchmark.SIZES, **layout, "image_size": 64, "patch_size": 8}
+    # The benchmark judges what the watchdog would stop.
+    watchdog = {"min_perplexity", "min_codes_used"}
+    expected = {name: value for name, value in {**benchmark.RECIPE, **loop}.items() if name not in watchdog}
+    assert {name: recipe[name] for name in expected} == expected
+    assert set(recipe) - set(expected) == {"max_steps", "save_steps", "sample_interval"}
+
+
+def judged(**changes):
+    """A line of the output in which every condition holds, by a little."""
+    line = {
+        "codebook_size": 10,
+        "train": {"codes_used": 9, "perplexity": 5.0},
+        "reconstruction": {"value": 0.50, "ci95": [0.45, 0.55]},
+        "shuffled": {"value": 0.60, "ci95": [0.56, 0.64]},
+        "held_out_gain": {"value": 0.05, "ci95": [0.01, 0.09]},
+        "probe": {"value": 0.2, "ci95": [-0.1, 0.3]},
+    }
+    return line | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "fails"),
+    [
+        ({}, set()),
+        ({"train": {"codes_used": 8, "perplexity": 5.0}}, {"codes used"}),
+        ({"train": {"codes_used": 9, "perplexity": 4.9}}, {"perplexity"}),
+        # Better, with intervals that touch.
+        ({"shuffled": {"value": 0.60, "ci95": [0.55, 0.64]}}, {"codes matter"}),
+        ({"reconstruction": {"value": 0.70, "ci95": [0.65, 0.75]}}, {"codes matter"}),
+        ({"held_out_gain": {"value": 0.05, "ci95": [0.0, 0.1]}}, {"codes matter on held-out pairs"}),
+        ({"probe": {"value": 0.15, "ci95": [0.1, 0.3]}}, {"beats control"}),
+        ({"probe": {"value": 0.1, "ci95": [0.1, 0.3]}}, {"beats control"}),
+    ],
+)
+def test_conditions_by_hand(benchmark, changes, fails):
+    found = benchmark.conditions(judged(**changes), judged(probe={"value": 0.15, "ci95": [0.1, 0.2]}))
+    assert set(found) == {
+        "codes used", "perplexity", "codes matter", "codes matter on held-out pairs", "beats control",
+    }  # fmt: skip
+    assert {name for name, holds in found.items() if not holds} == fails
+
+
+def test_the_summary_fails_where_one_condition_does(benchmark, capsys):
+    names = {"source": "bridge", "seed": 0, "random_probe": {"value": 0.0}}
+    names |= {f"held_out_{name}": {"value": 0.5} for name in ("reconstruction", "shuffled")}
+    ours, control = judged(variant="ours", **names), judged(variant="published", **names)
+    control["probe"] = {"value": 0.1, "ci95": [0.0, 0.2]}
+    assert benchmark.summarise([ours, control], "published")
+    assert "all hold" in capsys.readouterr().out
+    control["probe"] = {"value": 0.3, "ci95": [0.0, 0.4]}
+    assert not benchmark.summarise([ours, control], "published")
+    assert "FAILS: beats control |" in capsys.readouterr().out
+    # Without the control there is nothing to beat.
+    assert benchmark.summarise([ours], "published") and "beats control" not in benchmark.conditions(ours, None)
 
 
 def test_short_runs_without_simulator_and_readers(tmp_path):

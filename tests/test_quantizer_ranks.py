@@ -20,14 +20,16 @@ def train(folder: Path, world_size: int) -> dict:
     output = folder / f"{world_size}.pt"
     command = [sys.executable, *(launcher if world_size > 1 else ()), str(SCRIPT), str(output), str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(output, weights_only=True)
 
 
 def test_two_processes_train_the_same_quantizer_as_one(tmp_path):
-    """With NSVQ noise, entropy loss, actions that some pairs lack, a codebook from two steps, and re-seeding."""
+    """With NSVQ noise, entropy loss, actions that some pairs lack, a codebook from two steps, re-seeding, and pictures."""
     one, two = train(tmp_path, 1), train(tmp_path, 2)
+    # The first process draws them alone: no sum over processes may wait for the other.
+    assert len(list((tmp_path / "2.pt.run" / "samples").glob("step-*.png"))) == 4
     assert one["replaced"] > 0
     assert two["replaced"] == one["replaced"]
     assert torch.equal(two["codes"], one["codes"])

@@ -290,6 +290,45 @@ def test_every_criterion_has_ordered_thresholds():
     assert reaches("usable", "usable") and reaches("good", "usable") and not reaches("bad", "usable")
 
 
+def test_a_target_that_never_varies_is_not_measured(tmp_path):
+    class StillArm(BlobWorld):
+        def _episode(self, number):
+            episode = super()._episode(number)
+            return replace(episode, action=np.full_like(episode.action, 0.25))
+
+    measured = measure_quantizer(Runner(GOOD), [FramePairSource(StillArm(), frame_gap=1)], max_pairs=100)
+    assert measured.report["probe"]["linear"]["r2"]["value"] is None
+    assert "tells_motion" in measured.report["verdict"]["not_measured"]
+    assert measured.report["verdict"]["level"] == "good"
+    measured.report |= {"model": "quantizer", "data": "still", "notes": [], "command": "lapa report-quantizer"}
+    assert "Not measured" in write_report(measured, tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_lower_end_at_zero_is_zero():
+    (criterion,) = (criterion for criterion in CRITERIA if criterion.name == "tells_motion")
+
+    def told(linear, mlp):
+        cells = {name: {"r2": {"value": 0.5, "ci95": [low, 0.9]}} for name, low in (("linear", linear), ("mlp", mlp))}
+        return criterion.measure({"probe": cells, "leakage": {}})
+
+    assert told(0.0, -0.5) == told(-0.5, 0.0) == 0.0
+    assert told(-0.3, -0.5) == -0.3
+
+
+def test_a_quantizer_without_codes_is_refused_by_name(tmp_path, capsys):
+    config = LapaQuantizerConfig(
+        hidden_size=32, codebook_dim=8, image_size=32, patch_size=8, num_spatial_layers=1, num_temporal_layers=1,
+        num_attention_heads=2, head_dim=16, bottleneck="query", quantizer="continuous",
+    )  # fmt: skip
+    LapaQuantizer(config).save_pretrained(tmp_path / "quantizer")
+    data = str(shared_path("data/bridge_rlds/1.0.0"))
+    command = ["report-quantizer", "--model", str(tmp_path / "quantizer"), "--data", data, "--frame-gap", "3"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert '`quantizer="continuous"` has no codes' in error[-1] and "Traceback" not in "".join(error)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page_is_one_file_and_says_what_it_is_of(tmp_path, good):
     sources = [FramePairSource(BlobWorld(name, num_episodes=10), frame_gap=1) for name in ("arm", "film")]
     quantizer = replace(GOOD, num_latent_tokens=2)

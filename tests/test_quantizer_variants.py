@@ -224,6 +224,18 @@ class TestInstructionStages:
         )
         assert batch["instruction_ids"].tolist() == [hash_instruction("move right", 1000), [0, 0]]
 
+    def test_pictures_are_drawn_with_the_instruction(self, tmp_path):
+        model = LapaQuantizer(quantizer_config(**SMALL, instruction_vocab_size=64))
+        given = []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: given.append((module.training, kwargs.get("instruction_ids"))),
+            with_kwargs=True,
+        )
+        train(tmp_path, model=model, max_steps=1, num_sample_reconstructions=2, sample_interval=1)
+        (drawn,) = [ids for training, ids in given if not training]
+        expected = [hash_instruction(ConditionedPairs()[item]["instruction"], 64) for item in (0, -1)]
+        assert drawn.tolist() == expected
+
     def test_mean_of_the_words_that_are_there(self):
         layer = LapaQuantizerInstruction(quantizer_config(hidden_size=1, instruction_vocab_size=4))
         layer.embedding.weight.data = torch.tensor([[100.0], [1.0], [3.0], [8.0]])

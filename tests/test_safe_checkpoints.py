@@ -151,8 +151,12 @@ class TestFullDisk:
 def test_a_smaller_model_leaves_no_weights_of_the_larger_behind(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     (tmp_path / "notes.txt").write_text("mine")
     make_trainer(tmp_path).save_model()
+    assert not (tmp_path / "adapter_config.json").exists()
+    LapaForActionPrediction.from_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from memory_source import MemorySource
 from PIL import Image
 from recordings import meta, quantizer_folder, tensors
 from tiny_models import quantizer_config
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from lapa import LapaQuantizer
 from lapa.data.frame_pairs import FramePairCollator, FramePairDataset, episode_pairs
+from lapa.data.mixture import FramePairSource, FramePairStream
 from lapa.modeling_lapa.vector_quantization_lapa import replace_unused_codes_published
 from lapa.training.arguments import LapaQuantizerTrainingArguments
 from lapa.training.codebook import (
@@ -209,9 +211,10 @@ def test_fresh_codebook_starts_from_embeddings(tmp_path):
     embeddings = {}
     start = trainer._start_codebook
 
-    def watch(pixel_values):
+    def watch(batches):
+        pixel_values = torch.cat(batches)
         embeddings["first"] = trainer.model.encode(pixel_values).latent_action_embeddings.detach().flatten(0, 1)
-        start(pixel_values)
+        start(batches)
 
     trainer._start_codebook = watch
     trainer.train()
@@ -235,11 +238,12 @@ def test_a_quantizer_without_codebook_trains(tmp_path):
     assert trainer.state.log_history[0]["codes_used"] >= 1
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "nsvq"])
-def test_accumulated_gradients_equal_one_batch(tmp_path, quantizer):
-    """NSVQ's noise is drawn in the order of the samples of a step, however they are divided."""
+@pytest.mark.parametrize("quantizer, init_batches", [("vq", 0), ("nsvq", 0), ("nsvq", 1), ("nsvq", 2)])
+def test_accumulated_gradients_equal_one_batch(tmp_path, quantizer, init_batches):
+    """NSVQ's noise and the codebook's start are drawn in the order of the samples of a step, however they are divided."""
     sizes = {"quantizer": quantizer}
-    settings = {"max_steps": 3, "codebook_update": "none", "codebook_init_from_data": False, "max_grad_norm": 0.5}
+    settings = {"max_steps": 3, "codebook_update": "none", "max_grad_norm": 0.5}
+    settings |= {"codebook_init_from_data": init_batches > 0, "codebook_init_batches": max(init_batches, 1)}
     one = trainer_for(tmp_path, sizes=sizes, per_device_train_batch_size=8, **settings)
     one.train()
     split = trainer_for(
@@ -395,6 +399,7 @@ def test_bad_arguments(tmp_path):
         ({"codebook_update": "never"}, "codebook_update"),
         ({"codebook_update_interval": 0}, "codebook_update_interval"),
         ({"codebook_init_batches": 0}, "codebook_init_batches"),
+        ({"codebook_update": "published", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
         ({"codebook_update_threshold": 1.5}, "codebook_update_threshold"),
         ({"num_sample_reconstructions": -1}, "num_sample_reconstructions"),
     ):
@@ -418,10 +423,51 @@ def test_a_run_that_diverges_stops(tmp_path):
                 with torch.no_grad():
                     model.to_pixels.bias[0] = float("nan")
 
-    trainer = trainer_for(tmp_path, callbacks=[Poison()], max_steps=20, logging_steps=2)
-    with pytest.raises(ValueError, match="reconstruction_loss.* is not a number at step 6.*`learning_rate`"):
+    trainer = trainer_for(tmp_path, callbacks=[Poison()], max_steps=20, logging_steps=7)
+    with pytest.raises(
+        ValueError, match="the loss is nan at step 6, on episode . steps . and .*`learning_rate`"
+    ) as error:
         trainer.train()
-    assert trainer.state.global_step == 6
+    assert trainer.state.global_step == 5 and str(error.value).count("episode ") == 8
+
+
+def test_a_pair_that_spoils_the_loss_is_named_before_the_weights_change(tmp_path):
+    """On a stream, as `lapa train-quantizer` reads, and long before a log is due."""
+
+    class OneBadAction(MemorySource):
+        def _episode(self, shard, number, length):
+            episode = super()._episode(shard, number, length)
+            if number == 2:
+                episode.action[3] = np.inf
+            return episode
+
+    torch.manual_seed(0)
+    model = LapaQuantizer(quantizer_config(**{**SMALL, "action_dim": 2}))
+    source = OneBadAction("robot", [[6, 6, 6, 6]], size=16, action_dim=2)
+    stream = FramePairStream([FramePairSource(source, frame_gap=2)], rank=0, world_size=1)
+    settings = {"max_steps": 40, "logging_steps": 40, "per_device_train_batch_size": 2}
+    trainer = LapaQuantizerTrainer(model, arguments(tmp_path, **settings), stream)
+    before = {}
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            before.update({name: weight.clone() for name, weight in trainer.model.state_dict().items()})
+
+    trainer.add_callback(Keep())
+    message = r"the loss is inf at step \d+, on .*robot 0/2 steps (2 and 4|3 and 5).*have not been changed"
+    with pytest.raises(ValueError, match=message) as error:
+        trainer.train()
+    assert str(error.value).count(" steps ") == 2
+    if trainer.state.global_step:  # the first batch also draws the codebook
+        assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_names_all_pairs_of_the_step(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    trainer.model.to_pixels.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(ValueError, match="the norm of the gradient is (nan|inf) at step 1, on episode") as error:
+        trainer.train()
+    assert str(error.value).count("episode ") == 6
 
 
 class CollapseCodebook(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lapa.hub_cards.export import export
 from lapa.processing.action_tokenization_lapa import ActionTokenizer
 from lapa.training import scripts
 from lapa.training.label_latent_actions import hash_weights, read_labels
+from lapa.training.sources import jsonl_steps
 
 CPU = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -363,6 +365,34 @@ def error_of(capsys, code):
         captured.err
     )
     return lines[-1]
+
+
+def test_a_loss_that_is_no_number_names_its_examples_in_every_stage(chain, bridge, tmp_path, capsys):
+    """A step so long that the next loss overflows; the data sets are those of the commands."""
+    too_long = ["--learning_rate", "1e30", "--logging_steps", "50", "--save_strategy", "no", "--warmup_steps", "0"]
+    sizes = ["--quantizer_config", json.dumps(TINY_QUANTIZER), "--per_device_train_batch_size", "2"]
+    more = [*too_long, "--max_grad_norm", "1", *CPU]
+    quantizer = ["--data", bridge, "--output_dir", str(tmp_path / "q"), "--frame_gap", "3", "--max_steps", "5"]
+    error = error_of(capsys, scripts.train_quantizer([*quantizer, *sizes, *more, "--num_sample_reconstructions", "0"]))
+    pair = r"bridge_dataset/train \S+ steps \d+ and \d+"
+    assert re.search(rf"the loss is (nan|inf) at step [2-5], on {pair}, {pair}\. The weights", error), error
+    pretrain = ["--model", str(chain / "policy"), "--data", str(chain / "labels"), "--output_dir", str(tmp_path / "p")]
+    pretrain += ["--max_steps", "5", "--per_device_train_batch_size", "2", *more]
+    error = error_of(capsys, scripts.pretrain(pretrain))
+    row = r"labels/data/\S+\.parquet row \d+"
+    assert re.search(rf"the loss is (nan|inf) at step [2-5], on {row}, {row}\. The weights", error), error
+    error = error_of(capsys, finetune(chain, bridge, tmp_path / "robot", *too_long))
+    step = r"bridge_dataset/train \S+ step \d+"
+    assert re.search(rf"the loss is (nan|inf) at step [2-5], on {step}, {step}, ", error), error
+
+
+def test_columns_in_memory_know_their_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = json.loads(shared_path("fixtures/data/latent.jsonl").read_text().splitlines()[0])
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    train, held = jsonl_steps(path, "latent").split(1)
+    assert train.example_ids == [f"{path}, row {number}" for number in (1, 2, 3)]
+    assert held.example_ids == [f"{path}, row 4"]
 
 
 def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):

@@ -31,11 +31,12 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
             Whether the codebook of a fresh model starts as random embeddings of the data. A random codebook far from
             the embeddings falls to one code at once. Models loaded from a checkpoint keep theirs.
         codebook_init_batches (`int`, *optional*, defaults to `4`):
-            Steps from whose embeddings: the codebook starts from the first batch, and is drawn anew from those of all
-            these steps at the end of the last of them. 1 keeps the first batch's.
+            Steps from whose embeddings: the codebook starts from the first one, and is drawn anew from those of all
+            these steps at the end of the last of them. 1 keeps the first step's.
         codebook_update (`str`, *optional*, defaults to `"reseed"`):
             What happens to codes that are not used: `"reseed"` puts them where current embeddings are, `"published"`
-            copies used entries over them by the published rule and schedule, `"none"` leaves them.
+            copies used entries over them by the published rule and schedule (no accumulated gradients with it), `"none"`
+            leaves them.
         codebook_update_interval (`int`, *optional*, defaults to `20`):
             Steps between two re-seedings, over which usage is counted.
         codebook_update_until (`int`, *optional*):
@@ -122,6 +123,11 @@ class LapaQuantizerTrainingArguments(TrainingArguments):
         if self.codebook_update not in CODEBOOK_UPDATES:
             raise ValueError(
                 f"`codebook_update` must be one of {', '.join(CODEBOOK_UPDATES)}, got {self.codebook_update!r}."
+            )
+        if self.codebook_update == "published" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "`gradient_accumulation_steps` must be 1 with `codebook_update` 'published', which replaces codes between "
+                f"the forward and the backward pass of a batch, got {self.gradient_accumulation_steps}."
             )
         if not 0 <= self.codebook_update_threshold < 1:
             raise ValueError(f"`codebook_update_threshold` must lie in [0, 1), got {self.codebook_update_threshold}.")

@@ -1,6 +1,7 @@
-"""What the trainers of all stages share: means of named numbers between logs and over an evaluation."""
+"""What the trainers of all stages share: means of named numbers between logs, and an end before a step that is no number."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,46 @@ from lapa.training.stream_training import StreamTrainer
 
 class MetricsTrainer(StreamTrainer):
     """
-    Trainer that logs more than the loss, and keeps no outputs in evaluation.
+    Trainer that logs more than the loss, keeps no outputs in evaluation, and stops at what is not finite.
 
-    A subclass adds scalars to `_means` in training and to `_eval_means` in evaluation, and overrides the hooks.
+    A subclass adds scalars to `_means` in training and to `_eval_means` in evaluation, overrides the hooks, and gives the
+    loss of each training batch to `refuse_bad_loss`. A loss or a gradient that is not finite ends the run before the
+    weights change, and names the examples by the `example_id` (list of strings) of the batch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans()
+        # Examples whose gradients are being accumulated, and those of the last finished step.
+        self._batch_ids: list[str] = []
+        self._finished_ids: list[str] = []
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in [`~transformers.Trainer`]."""
+        self._batch_ids += inputs.get("example_id") or ["unknown (the examples have no `example_id`)"]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._finished_ids, self._batch_ids = self._batch_ids, []
+        return loss
+
+    def refuse_bad_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Raises `ValueError` where the loss of a training batch is not finite: `Trainer` would show it as 0 and go on."""
+        if not torch.isfinite(loss):
+            self._refuse_batch("loss", loss.item(), inputs.get("example_id") or self._batch_ids)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # With fp16 such steps are a matter of course: the scaler skips them.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            self._refuse_batch("norm of the gradient", float(norm), self._finished_ids)
+        return norm
+
+    def _refuse_batch(self, what: str, value: float, ids: Sequence[str]) -> None:
+        raise ValueError(
+            f"training diverged: the {what} is {value} at step {self.state.global_step + 1}, on {', '.join(ids)}. The "
+            "weights have not been changed by it. Look at these examples, or go on from an earlier checkpoint with a "
+            f"lower `learning_rate` (now {self.args.learning_rate:g}) or `max_grad_norm` (now {self.args.max_grad_norm:g})."
+        )
 
     def training_metrics(self) -> dict[str, float]:
         """Hook: further numbers for a training log."""
@@ -39,18 +72,7 @@ class MetricsTrainer(StreamTrainer):
         """As in [`~transformers.Trainer`], with the means and metrics since the last training log."""
         if "loss" in logs:
             logs |= self._means.pop(self.accelerator.gather) | self.training_metrics()
-            self._refuse_nan(logs)
         super().log(logs, start_time)
-
-    def _refuse_nan(self, logs: dict[str, float]) -> None:
-        # `Trainer` shows a loss that is not a number as 0 and goes on; every weight is lost by then.
-        bad = [name for name, value in logs.items() if isinstance(value, float) and math.isnan(value)]
-        if bad:
-            raise ValueError(
-                f"training diverged: {', '.join(bad)} is not a number at step {self.state.global_step}. Go on from an "
-                f"earlier checkpoint with a lower `learning_rate` (now {self.args.learning_rate:g}) or a lower "
-                f"`max_grad_norm` (now {self.args.max_grad_norm:g})."
-            )
 
     def prediction_step(
         self,

@@ -53,6 +53,16 @@ def action_statistics(
     return {"action_mean": rows.mean(0).tolist(), "action_std": np.where(std < CONSTANT, 1.0, std).tolist()}
 
 
+def pair_id(example: dict[str, Any]) -> str:
+    """Which pair an example is, for reports."""
+    if "example_id" in example:
+        return str(example["example_id"])
+    if "steps" not in example:
+        return f"{example.get('source')} {example.get('episode_id')}"
+    first, second = example["steps"]
+    return f"{example.get('source')} {example.get('episode_id')} steps {first} and {second}"
+
+
 class _Actions:
     """Actions of examples, NaN where there is none to be shown."""
 
@@ -82,7 +92,8 @@ class QuantizerCollator(FramePairCollator):
     >>> QuantizerCollator(config)([{"frames": frames, "instruction": "go left", "action": [0.5]}, {"frames": frames}])
     {'pixel_values': tensor([[[[[1.]], ...]]]),                # (batch, 2, 3, height, width) float32 in [0, 1]
      'actions': tensor([[0.5000], [nan]]),                     # (batch, action_dim) float32, NaN without an action
-     'instruction_ids': tensor([[64, 36], [0, 0]])}            # (batch, most words of one) int64, 0 without a word
+     'instruction_ids': tensor([[64, 36], [0, 0]]),            # (batch, most words of one) int64, 0 without a word
+     'example_id': ['None None', 'None None']}                 # which pairs they are, for reports; not for the model
     ```
 
     Args:
@@ -94,13 +105,14 @@ class QuantizerCollator(FramePairCollator):
         self.vocab_size = config.instruction_vocab_size
         self.actions = None if config.action_dim is None else _Actions(config.action_dim, action_share)
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
             examples: Each with `frames` (2, 3, height, width) uint8; `action` (action_dim,) and `instruction`, None or
-                absent where there is none; `source` and `episode_id`, by which actions are shown or not.
+                absent where there is none; `source` and `episode_id`, by which actions are shown or not; these and `steps`,
+                or `example_id`, say which pair it is.
         """
-        batch = super().__call__(examples)
+        batch: dict[str, Any] = super().__call__(examples)
         if self.actions is not None:
             batch["actions"] = torch.from_numpy(np.stack([self.actions.row(example) for example in examples]))
         if self.vocab_size is not None:
@@ -109,7 +121,8 @@ class QuantizerCollator(FramePairCollator):
             for row, found in enumerate(words):
                 ids[row, : len(found)] = torch.tensor(found, dtype=torch.int64)
             batch["instruction_ids"] = ids
+        batch["example_id"] = [pair_id(example) for example in examples]
         return batch
 
 
-__all__ = ["QuantizerCollator", "action_statistics", "hash_instruction", "shows_action"]
+__all__ = ["QuantizerCollator", "action_statistics", "hash_instruction", "pair_id", "shows_action"]

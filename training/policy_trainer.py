@@ -70,8 +70,7 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
     Trainer of a policy on `LabelledStepDataset` examples; the stages are its subclasses.
 
     The loss is a mean over rows, so accumulating gradients over equal micro-batches equals one large batch. The vision
-    tokenizer is frozen. Logs carry the losses and accuracies of the segments, averaged since the last log. A loss or a
-    gradient that is not finite ends the run before the weights change, and names the examples of the batch.
+    tokenizer is frozen. Logs carry the losses and accuracies of the segments, averaged since the last log.
 
     Args:
         model: The policy.
@@ -126,9 +125,6 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         for callback in callbacks or ():
             if isinstance(callback, ClosedLoopCallback):
                 callback.trainer = self
-        # Examples whose gradients are being accumulated, and those of the last finished step.
-        self._batch_ids: list[str] = []
-        self._finished_ids: list[str] = []
         if processor is not None:
             self.policy.config.prompt_tails = processor.prompt_tails
         if self.policy.model.vision_tokenizer is not None:
@@ -139,14 +135,6 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
         """The model without what wraps it for distributed training or LoRA."""
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if isinstance(model, LapaForTokenPrediction) else model.get_base_model()
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in [`~transformers.Trainer`]."""
-        self._batch_ids += inputs.get("example_id") or ["unknown (the examples have no `example_id`)"]
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finished_ids, self._batch_ids = self._batch_ids, []
-        return loss
 
     def compute_loss(
         self,
@@ -160,8 +148,7 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
             self.policy.model.vision_tokenizer.eval()  # `model.train()` has just switched it over
         outputs = model(**self._for_model(inputs), use_cache=False)
         if model.training:
-            if not torch.isfinite(outputs.loss):
-                self._refuse_batch("loss", outputs.loss.item(), inputs.get("example_id") or self._batch_ids)
+            self.refuse_bad_loss(outputs.loss, inputs)
             self._means.add({name: outputs.get(name) for name in LOGGED_OUTPUTS})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -175,20 +162,6 @@ class LapaPolicyTrainer(SafeCheckpoints, MetricsTrainer):
             with torch.autocast(pixel_values.device.type, enabled=False):
                 kept["vision_codes"] = self.policy.model.encode_images(pixel_values)
         return kept
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        # With fp16 such steps are a matter of course: the scaler skips them.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
-            self._refuse_batch("norm of the gradient", float(norm), self._finished_ids)
-        return norm
-
-    def _refuse_batch(self, what: str, value: float, ids: Sequence[str]) -> None:
-        raise ValueError(
-            f"training diverged: the {what} is {value} at step {self.state.global_step + 1}, on {', '.join(ids)}. The "
-            "weights have not been changed by it. Look at these examples, or go on from an earlier checkpoint with a "
-            f"lower `learning_rate` (now {self.args.learning_rate:g}) or `max_grad_norm` (now {self.args.max_grad_norm:g})."
-        )
 
     def evaluation_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of an evaluation batch; logits are computed only where there is a loss."""

@@ -143,6 +143,8 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         self.codebook_state = CodebookState.new(self.codebook_size)
         self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         self._step_embeddings: list[torch.Tensor] = []
+        # Frames of the first step, in the parts that are accumulated, until the codebook has started from them.
+        self._first_batches: list[torch.Tensor] = []
         self._noise = SampleNoise(args.seed)
         self.watchdog = CodebookWatchdog(model.config, args)
         self._samples: list[Any] = []
@@ -168,16 +170,24 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         until = self.args.codebook_update_until
         return self.state.max_steps * 4 // 5 if until is None else until
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in [`~transformers.Trainer`]; the codebook of a fresh model starts from the whole first step."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.state.global_step == 0:
+            self._first_batches = [batch["pixel_values"] for batch in batches]
+        return batches, num_items
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch; in training also counts its codes."""
         if model.training and self.state.global_step == 0 and not self._step_embeddings:
-            self._start_codebook(inputs["pixel_values"])
+            self._start_codebook(self._first_batches or [inputs["pixel_values"]])
+            self._first_batches = []
         conditions = {name: inputs[name] for name in CONDITIONS if name in inputs}
         noise = self._draw_noise(inputs["pixel_values"]) if model.training else None
         outputs = model(pixel_values=inputs["pixel_values"], noise=noise, **conditions)
@@ -186,6 +196,8 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         if outputs.latent_action_codes is not None:
             counts = count_codes(outputs.latent_action_codes, self.codebook_size)
         if model.training:
+            # Before the published rule takes its codes from them.
+            self.refuse_bad_loss(outputs.loss, inputs)
             self._count_batch(counts, outputs, means)
         else:
             if counts is not None:
@@ -226,16 +238,18 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
             self._replace_published(outputs.latent_action_codes.shape[0])
 
     @torch.no_grad()
-    def _start_codebook(self, pixel_values: torch.Tensor) -> None:
+    def _start_codebook(self, batches: list[torch.Tensor]) -> None:
         codebook = self.codebook
         if codebook is None or not self.args.codebook_init_from_data:
             return
         if self.quantizer.name_or_path:
             logger.info("The codebook of %s is kept: it is not a fresh model.", self.quantizer.name_or_path)
             return
-        embeddings = self.quantizer.encode(pixel_values).latent_action_embeddings.flatten(0, 1)
-        embeddings = self.accelerator.gather(embeddings.contiguous())
-        codebook_from_embeddings(codebook, embeddings, self._generator(0))
+        parts = [
+            self.quantizer.encode(pixel_values.to(codebook.device)).latent_action_embeddings.flatten(0, 1)
+            for pixel_values in batches
+        ]
+        codebook_from_embeddings(codebook, self._gather(parts), self._generator(0))
         self._share_codebook(codebook)
         if self.args.codebook_init_batches > 1:
             self.codebook_state.first_embeddings = torch.zeros(0, codebook.shape[1])
@@ -346,10 +360,12 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
     def draw_samples(self, step: int) -> None:
         """Writes `samples/step-*.png` below the output folder, and the same picture to tensorboard."""
         batch = self._prepare_inputs(self.data_collator(self._sample_examples()))
+        # Not the actions: there is a loss of them, and no part in the picture.
+        instructions = {"instruction_ids": batch["instruction_ids"]} if "instruction_ids" in batch else {}
         quantizer, was_training = self.quantizer, self.quantizer.training
         quantizer.eval()
         try:
-            reconstruction = quantizer(batch["pixel_values"]).reconstruction
+            reconstruction = quantizer(batch["pixel_values"], **instructions).reconstruction
         finally:
             quantizer.train(was_training)
         grid = reconstruction_grid(batch["pixel_values"], reconstruction)

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Folder in the output folder that holds what is being written. Whatever lies there is incomplete.
 STAGING_FOLDER = ".partial"
 STATE_FILE = "trainer_state.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
 
 
@@ -173,14 +174,16 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 
 def _replace_files(source: Path, target: Path) -> None:
-    """Moves the files of a folder over those of another; weights that are no longer part of the model go."""
+    """Moves the files of a folder over those of another; what is no longer part of the model, such as an adapter, goes."""
     files = sorted(path for path in source.iterdir() if path.is_file())
     names = {path.name for path in files}
     # The config comes last: until it is there the folder is no model of the new kind.
     for path in sorted(files, key=lambda path: path.name == "config.json"):
         os.replace(path, target / path.name)
-    for path in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
-        if path.name not in names:
+    # A config of an adapter that is gone would have the merged model loaded as one.
+    stale = [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json"), target / ADAPTER_CONFIG]
+    for path in stale:
+        if path.name not in names and path.exists():
             path.unlink()
 
 

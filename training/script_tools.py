@@ -107,6 +107,7 @@ def step_dataset(columns: "StepColumns", processor: "LapaProcessor", policy: Any
         latent_action_codes=columns.latent_action_codes,
         actions=columns.actions,
         raw_instruction=columns.raw_instruction,
+        example_ids=columns.example_ids,
         cache=images is None,
         **kwargs,
     )

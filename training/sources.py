@@ -114,6 +114,7 @@ class StepColumns:
         actions (`NDArray`, *optional*): (num_steps, action_dim) float32, physical units.
         raw_instruction (`bool`): Whether instructions are whole prompts.
         num_without_instruction (`int`): Steps left out because they say nothing of what to do.
+        example_ids (`list[str]`, *optional*): Which step each is, for reports.
     """
 
     instructions: list[str]
@@ -124,6 +125,7 @@ class StepColumns:
     actions: NDArray[np.float32] | None = None
     raw_instruction: bool = False
     num_without_instruction: int = field(default=0)
+    example_ids: list[str] | None = None
 
     def split(self, eval_episodes: int) -> tuple["StepColumns", "StepColumns | None"]:
         """Holds the steps of the last `eval_episodes` episodes out; None where that is 0."""
@@ -146,6 +148,7 @@ class StepColumns:
             column(self.latent_action_codes),
             column(self.actions),
             self.raw_instruction,
+            example_ids=None if self.example_ids is None else [self.example_ids[row] for row in rows],
         )
 
 
@@ -212,6 +215,9 @@ def action_steps(part: ActionStepPart, counts: ReadCounts, skipped: SkippedEpiso
         [episode.episode_id for episode, steps in kept for _ in steps],
         images=EpisodeFrames(kept, part.camera),
         actions=np.concatenate(actions).astype(np.float32) if actions else None,
+        example_ids=[
+            f"{episode.source} {episode.episode_id} step {step}" for episode, steps in kept for step in steps.tolist()
+        ],
     )
 
 
@@ -247,6 +253,7 @@ def jsonl_steps(path: str | Path, target: str) -> StepColumns:
         latent_action_codes=values if latent else None,
         actions=None if latent else values,
         raw_instruction=True,
+        example_ids=[f"{path}, row {number}" for number in range(1, len(rows) + 1)],
     )
 
 
