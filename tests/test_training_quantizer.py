@@ -462,8 +462,10 @@ def test_a_pair_that_spoils_the_loss_is_named_before_the_weights_change(tmp_path
         assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_names_all_pairs_of_the_step(tmp_path):
-    trainer = trainer_for(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_a_gradient_that_is_not_finite_names_all_pairs_of_the_step(tmp_path, max_grad_norm):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_grad_norm": max_grad_norm}
+    trainer = trainer_for(tmp_path, **settings)
     trainer.model.to_pixels.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(ValueError, match="the norm of the gradient is (nan|inf) at step 1, on episode") as error:
         trainer.train()
