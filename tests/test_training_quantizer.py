@@ -9,6 +9,7 @@ import torch
 from memory_source import MemorySource
 from PIL import Image
 from recordings import meta, quantizer_folder, tensors
+from safetensors.torch import save_file
 from tiny_models import quantizer_config
 from transformers import TrainerCallback
 
@@ -139,11 +140,32 @@ def test_resumed_equals_uninterrupted(tmp_path, rule):
     """Bit for bit, with NSVQ noise, codebook updates and usage counts; interrupted inside an update period."""
     settings = {"max_steps": 14, "codebook_update": rule, "codebook_update_interval": 4, "save_steps": 6}
     settings |= {"save_strategy": "steps", "codebook_update_threshold": 0.5 if rule == "reseed" else 0.1}
-    whole = trainer_for(tmp_path / "whole", **settings)
+    windows = {}
+
+    def watched(folder, **changes):
+        trainer = trainer_for(tmp_path / folder, **changes, **settings)
+        check, windows[folder] = trainer.watchdog.check, {}
+
+        def watch(step, logs, counts):
+            windows[folder][step] = counts.tolist()
+            check(step, logs, counts)
+
+        trainer.watchdog.check = watch
+        return trainer
+
+    whole = watched("whole")
     whole.train()
     trainer_for(tmp_path / "parts", callbacks=[StopAt(6)], **settings).train()
-    resumed = trainer_for(tmp_path / "parts", **settings)
+    resumed = watched("parts")
     resumed.train(resume_from_checkpoint=True)
+    # Logged at step 10, over steps on both sides of the interruption.
+    ours, theirs = (
+        next(row for row in trainer.state.log_history if row["step"] == 10 and "loss" in row)
+        for trainer in (resumed, whole)
+    )
+    names = {name for name in theirs if name.startswith(("code_usage/", "codes_", "perplexity"))}
+    assert len(names) == 8 + 3 and {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    assert windows["parts"] == {10: windows["whole"][10]} and sum(windows["parts"][10]) == 4 * 32 + 16
     assert resumed.state.global_step == 14
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs), name
@@ -163,6 +185,20 @@ def test_checkpoint_holds_usage_counts(tmp_path):
     state = CodebookState.load(tmp_path / "checkpoint-3", 8)
     assert int(state.usage_counts.sum()) == 3 * 8 * 4
     assert torch.equal(state.usage_counts, trainer.codebook_state.usage_counts)
+    assert torch.equal(state.logged_counts, state.usage_counts) and torch.equal(
+        state.watched_counts, state.usage_counts
+    )
+    # One of before the windows were kept begins them anew; one of a later version is refused.
+    old, later = tmp_path / "old", tmp_path / "later"
+    counts = {name: getattr(state, name) for name in ("usage_counts", "batch_counts")}
+    for folder, metadata in ((old, {"num_replaced": 3}), (later, {"num_replaced": 3, "version": 3})):
+        folder.mkdir()
+        save_file(counts, folder / STATE_FILE, metadata={"lapa": json.dumps(metadata)})
+    loaded = CodebookState.load(old, 8)
+    assert torch.equal(loaded.usage_counts, state.usage_counts) and loaded.num_replaced == 3
+    assert loaded.logged_counts.tolist() == loaded.watched_counts.tolist() == [0] * 8
+    with pytest.raises(ValueError, match="has version 3; this version of lapa reads up to 2"):
+        CodebookState.load(later, 8)
     with pytest.raises(ValueError, match="counts 8 codes, but the model has 5"):
         CodebookState.load(tmp_path / "checkpoint-3", 5)
     (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"cut short")
@@ -462,8 +498,10 @@ def test_a_pair_that_spoils_the_loss_is_named_before_the_weights_change(tmp_path
         assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_names_all_pairs_of_the_step(tmp_path):
-    trainer = trainer_for(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_a_gradient_that_is_not_finite_names_all_pairs_of_the_step(tmp_path, max_grad_norm):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_grad_norm": max_grad_norm}
+    trainer = trainer_for(tmp_path, **settings)
     trainer.model.to_pixels.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(ValueError, match="the norm of the gradient is (nan|inf) at step 1, on episode") as error:
         trainer.train()
@@ -499,17 +537,17 @@ def test_a_collapsed_codebook_stops_the_run(tmp_path):
 
 def test_few_codes_stop_the_run_though_their_perplexity_would_not(tmp_path):
     watchdog = trainer_for(tmp_path, min_perplexity=2.0, min_codes_used=0.5, min_perplexity_from=10).watchdog
-    watchdog.count(torch.tensor([50, 50, 50, 0, 0, 0, 0, 0]))
     with pytest.raises(CodebookCollapse, match="perplexity 3.00 at step 10, 3 of 8"):
-        watchdog.check(10, {})
-    watchdog.count(torch.tensor([50, 50, 50, 1, 0, 0, 0, 0]))
-    watchdog.check(10, {})
+        watchdog.check(10, {}, torch.tensor([50, 50, 50, 0, 0, 0, 0, 0]))
+    window = torch.tensor([50, 50, 50, 1, 0, 0, 0, 0])
+    watchdog.check(10, {}, window)
+    assert not window.any(), "the window has ended"
     # Too few uses to tell a rare code from a dead one: the window grows.
-    watchdog.count(torch.tensor([127, 0, 0, 0, 0, 0, 0, 0]))
-    watchdog.check(12, {})
-    watchdog.count(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0]))
+    window[0] += 127
+    watchdog.check(12, {}, window)
+    window[0] += 1
     with pytest.raises(CodebookCollapse, match="1 of 8"):
-        watchdog.check(14, {})
+        watchdog.check(14, {}, window)
 
 
 def test_the_watchdog_says_when_the_encoder_died(tmp_path):

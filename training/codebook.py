@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 from lapa.training.metrics import count_codes
 
 STATE_FILE = "codebook_state.safetensors"
+# Counts that end with a log, not with an update of the codebook.
+WINDOWS = ("logged_counts", "watched_counts")
 # Steps between two replacements of the published rule, by the step below which the interval holds.
 PUBLISHED_SCHEDULE = ((100, 10), (1000, 100), (5000, 500))
 # Of the spread of the embeddings: two codes drawn from the same embedding must not stay equal for ever.
 JITTER = 1e-3
+# Of the state's file: 1 (which says nothing of it) has no counts of unfinished windows.
+STATE_VERSION = 2
 
 
 @dataclass
@@ -30,12 +34,21 @@ class CodebookState:
         num_replaced (`int`): Codes replaced so far.
         first_embeddings (`torch.Tensor` of shape `(num_embeddings, codebook_dim)`, *optional*): Embeddings of the first
             steps in the order of their samples, while the codebook still waits to be drawn from them.
+        logged_counts (`torch.Tensor` of shape `(codebook_size,)`): int64 uses since the last log.
+        watched_counts (`torch.Tensor` of shape `(codebook_size,)`): int64 uses in the watchdog's unfinished window.
     """
 
     usage_counts: torch.Tensor
     batch_counts: torch.Tensor
     num_replaced: int = field(default=0)
     first_embeddings: torch.Tensor | None = None
+    logged_counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    watched_counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        for name in WINDOWS:
+            if not len(getattr(self, name)):
+                setattr(self, name, torch.zeros_like(self.usage_counts))
 
     @classmethod
     def new(cls, codebook_size: int) -> "CodebookState":
@@ -47,6 +60,8 @@ class CodebookState:
         counts = counts.cpu()
         self.usage_counts += counts
         self.batch_counts += counts > 0
+        self.logged_counts += counts
+        self.watched_counts += counts
 
     def collect(self, embeddings: torch.Tensor) -> None:
         """Adds a step's `embeddings` (num_embeddings, codebook_dim) to the first ones."""
@@ -54,7 +69,7 @@ class CodebookState:
         self.first_embeddings = torch.cat([*parts, embeddings.detach().float().cpu()])
 
     def reset_counts(self) -> None:
-        """Starts a new period."""
+        """Starts a new period between updates."""
         self.usage_counts.zero_()
         self.batch_counts.zero_()
 
@@ -62,30 +77,33 @@ class CodebookState:
         """Writes `codebook_state.safetensors` into a checkpoint."""
         path = Path(folder) / STATE_FILE
         temporary = path.with_name(path.name + ".tmp")
-        tensors = {"usage_counts": self.usage_counts, "batch_counts": self.batch_counts}
+        tensors = {name: getattr(self, name) for name in ("usage_counts", "batch_counts", *WINDOWS)}
         if self.first_embeddings is not None:
             tensors["first_embeddings"] = self.first_embeddings
-        save_file(tensors, temporary, metadata={"lapa": json.dumps({"num_replaced": self.num_replaced})})
+        metadata = {"version": STATE_VERSION, "num_replaced": self.num_replaced}
+        save_file(tensors, temporary, metadata={"lapa": json.dumps(metadata)})
         temporary.replace(path)
 
     @classmethod
     def load(cls, folder: str | Path, codebook_size: int) -> "CodebookState":
         """
-        Reads what `save` wrote.
+        Reads what `save` wrote, in this version or an earlier one, whose windows begin anew.
 
         Raises:
-            ValueError: A checkpoint without the file, a damaged file, or another codebook size.
+            ValueError: A checkpoint without the file, a damaged file, one of a later version, or another codebook size.
         """
         path = Path(folder) / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} cannot be resumed: it has no {STATE_FILE}.")
         try:
             with safe_open(path, framework="pt") as file:
-                names = [name for name in ("first_embeddings",) if name in file.keys()]  # noqa: SIM118 (no mapping)
+                names = [name for name in ("first_embeddings", *WINDOWS) if name in file.keys()]  # noqa: SIM118 (no mapping)
                 tensors = {name: file.get_tensor(name) for name in ("usage_counts", "batch_counts", *names)}
                 metadata = json.loads(file.metadata()["lapa"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
+        if (version := metadata.pop("version", 1)) > STATE_VERSION:
+            raise ValueError(f"{path} has version {version}; this version of lapa reads up to {STATE_VERSION}.")
         found = len(tensors["usage_counts"])
         if found != codebook_size:
             raise ValueError(f"{path} counts {found} codes, but the model has {codebook_size} (`codebook_size`).")

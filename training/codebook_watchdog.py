@@ -33,33 +33,28 @@ class CodebookWatchdog:
         least = args.min_perplexity
         self.min_perplexity: float = config.codebook_size / 4 if least is None else least
         self.min_codes_used: float = args.min_codes_used * config.codebook_size
-        self._counts = torch.zeros(config.codebook_size, dtype=torch.int64)
 
-    def count(self, counts: torch.Tensor) -> None:
-        """Adds a batch's `counts` (codebook_size,) int64, summed over processes."""
-        self._counts += counts.cpu()
-
-    def check(self, step: int, logs: Mapping[str, float]) -> None:
+    def check(self, step: int, logs: Mapping[str, float], counts: torch.Tensor) -> None:
         """
         Looks at what was counted since the last window, if that is enough to tell; called with every training log.
 
         Args:
             step: Optimizer steps so far.
             logs: Numbers of the log: `embedding_std`, `embedding_rms`, `kl`.
+            counts: (codebook_size,) int64 uses since the last window, over all processes; set to 0 where the window ends.
 
         Raises:
             CodebookCollapse: Use below the levels after the warm-up.
         """
-        counts = self._counts
         if not self.config.has_codes:
             self._check_kl(step, logs)
             return
         if int(counts.sum()) < MIN_USES_PER_CODE * self.config.codebook_size:
             return
-        self._counts = torch.zeros_like(counts)
+        found, used = perplexity(counts), num_codes_used(counts)
+        counts.zero_()
         if step < self.args.min_perplexity_from:
             return
-        found, used = perplexity(counts), num_codes_used(counts)
         if found >= self.min_perplexity and used >= self.min_codes_used:
             return
         raise CodebookCollapse(

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from lapa.training.metrics import RunningMeans
 from lapa.training.stream_training import StreamTrainer
+
+
+def global_norm(norm: Any) -> float:
+    """The norm of a gradient as a number; of a sharded one over all its processes, which must all call this."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 class MetricsTrainer(StreamTrainer):
@@ -41,11 +47,12 @@ class MetricsTrainer(StreamTrainer):
         if not torch.isfinite(loss):
             self._refuse_batch("loss", loss.item(), inputs.get("example_id") or self._batch_ids)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+    # Not `_clip_grad_norm`, which a `max_grad_norm` of 0 leaves out.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # With fp16 such steps are a matter of course: the scaler skips them.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
-            self._refuse_batch("norm of the gradient", float(norm), self._finished_ids)
+        if norm is not None and not self.args.fp16 and not math.isfinite(value := global_norm(norm)):
+            self._refuse_batch("norm of the gradient", value, self._finished_ids)
         return norm
 
     def _refuse_batch(self, what: str, value: float, ids: Sequence[str]) -> None:
@@ -96,4 +103,4 @@ class MetricsTrainer(StreamTrainer):
         return output
 
 
-__all__ = ["MetricsTrainer"]
+__all__ = ["MetricsTrainer", "global_norm"]

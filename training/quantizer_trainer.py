@@ -141,7 +141,6 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         )
         self.codebook_size: int = model.config.codebook_size
         self.codebook_state = CodebookState.new(self.codebook_size)
-        self._logged_counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         self._step_embeddings: list[torch.Tensor] = []
         # Frames of the first step, in the parts that are accumulated, until the codebook has started from them.
         self._first_batches: list[torch.Tensor] = []
@@ -227,8 +226,6 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         # To the CPU once: every copy waits for the device.
         counts = self.accelerator.reduce(counts, "sum").cpu()
         self.codebook_state.count(counts)
-        self.watchdog.count(counts)
-        self._logged_counts += counts
         # The published loop replaces between the forward and the backward pass of a step.
         if (
             self.codebook is not None
@@ -318,15 +315,15 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
         """The use of the codes since the last training log, and how many were replaced so far."""
         if not self.quantizer.config.has_codes:
             return {}
-        metrics = self._usage_metrics(self._logged_counts)
-        self._logged_counts.zero_()
+        metrics = self._usage_metrics(self.codebook_state.logged_counts)
+        self.codebook_state.logged_counts.zero_()
         return metrics | {"codes_replaced": float(self.codebook_state.num_replaced)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `MetricsTrainer`; then stops a training whose codes collapsed."""
         super().log(logs, start_time)
         if "loss" in logs:
-            self.watchdog.check(self.state.global_step, logs)
+            self.watchdog.check(self.state.global_step, logs, self.codebook_state.watched_counts)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """The use of the codes in the evaluation."""
