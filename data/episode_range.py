@@ -24,10 +24,9 @@ class EpisodeRange(EpisodeSource):
         stop = total if stop is None else stop
         if not 0 <= start < stop <= total:
             raise ValueError(f"`start` and `stop` must give a part of {total} episodes, got {start} and {stop}.")
-        self.source = source
+        self.source, self.any_order = source, source.any_order
         self.name, self.frame_gap_seconds, self.warnings = source.name, source.frame_gap_seconds, source.warnings
         self.embodiment, self.unnorm_key = source.embodiment, source.unnorm_key
-        self.any_order = source.any_order
         # Shard of the source, and its first episode in the range.
         self._parts: list[tuple[int, int]] = []
         shards, before = [], 0

@@ -46,19 +46,19 @@ class EpisodeSource(ABC):
     Attributes:
         name (`str`): Data set and split, as in `Episode.source`.
         frame_gap_seconds (`float`): Default time between the frames of a pair.
+        any_order (`bool`): Whether `read` gives episodes in the order they are asked for. Without it they come in that of a
+            compressed archive, so that the source can be read through but not shuffled.
         embodiment (`str`, *optional*): Robot or person that acts.
         unnorm_key (`str`, *optional*): Name under which the statistics of its actions are kept.
         warnings (`tuple[str, ...]`): What is announced but absent, or is left out, and why; for people to read.
-        any_order (`bool`): Whether `read` gives episodes in the order they are asked for. Without it they come in that of a
-            compressed archive, so that the source can be read through but not shuffled.
     """
 
     name: str
     frame_gap_seconds: float = ROBOT_GAP_SECONDS
+    any_order: bool = True
     embodiment: str | None = None
     unnorm_key: str | None = None
     warnings: tuple[str, ...] = ()
-    any_order: bool = True
 
     @property
     @abstractmethod

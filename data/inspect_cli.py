@@ -104,7 +104,7 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
     """
     from lapa.data.inspection import inspect_source
     from lapa.data.inspection_rows import inspect_labels, inspect_published, is_label_folder
-    from lapa.data.jsonl import holds_rows
+    from lapa.data.jsonl import holds_published_rows
     from lapa.data.open_source import MixtureEntry, is_mixture, mixture_entries
 
     entries = [MixtureEntry("", {"path": source, **chosen})]
@@ -112,7 +112,7 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
         rows: Callable[..., Inspection] | None = None
         if is_label_folder(source):
             rows = inspect_labels
-        elif holds_rows(source):
+        elif holds_published_rows(source):
             rows = inspect_published
         if rows is not None:
             if chosen:

@@ -160,12 +160,17 @@ def _frequency_lines(frequency: Mapping[str, Any]) -> Iterator[str]:
         yield f"unknown in {_count(frequency['episodes_without_times'], 'episode')}"
 
 
+def _distinct(values: Mapping[str, Any], name: str = "distinct") -> str:
+    """How many different ones there are, of which no more than so many are told apart."""
+    return f"{values[name]:,}" + (" or more" if values.get(f"{name}_or_more") else "")
+
+
 def _instruction_facts(texts: Mapping[str, Any], unit: str) -> Iterator[Fact]:
     without = texts[f"{unit}_without"]
     missing = f"none in {_count(without, unit[:-1])}" if without else f"at least one in each of the {unit}"
     several = texts.get("episodes_with_several", 0)
     more = f", several in {_count(several, 'episode')}" if several else ""
-    lines = [f"{texts['count']:,}, {texts['distinct']:,} different; {missing}{more}"]
+    lines = [f"{texts['count']:,}, {_distinct(texts)} different; {missing}{more}"]
     if not texts["count"]:
         lines = ["none"]
     lines += [f"{entry[unit]:,} x {_short(entry['text'])}" for entry in texts["most_common"]]
@@ -201,11 +206,11 @@ def _number_facts(kind: str, numbers: Mapping[str, Any] | None, unit: str, read:
 
 def _code_lines(codes: Mapping[str, Any], rows: int) -> Iterator[str]:
     lengths = ", ".join(codes["codes_per_row"])
-    yield f"{lengths} per row, values {codes['min']} to {codes['max']}, {codes['distinct']:,} different"
+    yield f"{lengths} per row, values {codes['min']} to {codes['max']}, {_distinct(codes)} different"
     if codes["rows"] < rows:
         yield f"{rows - codes['rows']:,} rows have none"
     if "most_common" in codes:
-        yield f"perplexity {codes['perplexity']:.2f}, {codes['distinct_sequences']:,} different sequences"
+        yield f"perplexity {codes['perplexity']:.2f}, {_distinct(codes, 'distinct_sequences')} different sequences"
         yield "shares: " + ", ".join(f"{entry['code']}: {entry['share']:.1%}" for entry in codes["most_common"])
 
 

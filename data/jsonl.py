@@ -104,9 +104,9 @@ def is_published_file(path: str) -> bool:
     return path.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
-def holds_rows(path: str) -> bool:
-    """Whether a path is that of a published file; of a `.json` file its first row tells, which may be a mixture's."""
-    if not path.endswith(".json"):
+def holds_published_rows(path: str) -> bool:
+    """Whether a file is of published rows by its name, and, as a `.json` file may be a mixture as well, by what is in it."""
+    if not is_published_file(path) or not path.endswith(".json"):
         return is_published_file(path)
     try:
         published_target(path)
@@ -463,7 +463,7 @@ __all__ = [
     "FIELDS",
     "MAX_ROW_BYTES",
     "PublishedRow",
-    "holds_rows",
+    "holds_published_rows",
     "is_published_file",
     "published_target",
     "read_rows",

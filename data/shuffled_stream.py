@@ -158,15 +158,29 @@ class ShuffledStream(IterableDataset[dict[str, Any]]):
         Examples spread evenly over the groups, the same on every rank; what is being read is not disturbed.
 
         Args:
-            count: Most that are wanted, at least 1. No group gives more than its share of it, so that short groups may
-                leave it fewer.
+            count: Most that are wanted, at least 1. Where there are fewer groups, none gives more than its share of it, so
+                that short groups may leave it fewer. Where there are more, one of several neighbours gives an example; the
+                others stand in for groups that give none.
         """
         num_groups = sum(sum(part.group_counts) for part in self.parts)
         limit, share = self.options.items_per_group, -(-count // num_groups)
         share = share if limit is None else min(share, limit)
         options = replace(self.options, buffer_size=1, items_per_group=share, repeat=False)
-        cursor = StreamCursor(self.parts, options, 0, 1)
-        return list(islice(cursor, count))
+        stride = max(1, -(-num_groups // count))
+        examples: list[dict[str, Any]] = []
+        for offset in range(stride):
+            cursor, before = StreamCursor(self.parts, options, 0, 1), 0
+            for reader in cursor.readers:
+                chosen = {}
+                for shard, number in enumerate(reader.part.group_counts):
+                    groups = list(range((offset - before) % stride, number, stride))
+                    chosen.update({shard: groups} if groups else {})
+                    before += number
+                reader.chosen = chosen if stride > 1 else None
+            examples += islice(cursor, count - len(examples))
+            if len(examples) == count:
+                break
+        return examples
 
     def begin(self, num_workers: int, in_loader: bool = False) -> None:
         """A pass starts: from the state that was loaded, or from the start of the epoch."""

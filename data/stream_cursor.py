@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
@@ -139,6 +139,8 @@ class PartReader(Generic[Group, Item]):
         # Positions in the order of the epoch: of shard, of group in the shard's share, of item in the group's order.
         self.epoch, self.shard, self.group, self.item = epoch, 0, 0, 0
         self.exhausted = False
+        # Groups of each shard that are read, where it is only some of them.
+        self.chosen: Mapping[int, list[int]] | None = None
         self.deals_shards = len(part.group_counts) >= SHARDS_PER_STREAM * num_streams
         if state is not None:
             self.epoch, self.shard, self.group, self.item = (int(value) for value in state["position"])
@@ -267,7 +269,9 @@ class PartReader(Generic[Group, Item]):
         return shards
 
     def _groups(self, shard: int, dealt: int) -> list[int]:
-        """This stream's groups of a shard in this epoch's order."""
+        """This stream's groups of a shard in this epoch's order; those of `chosen` in theirs."""
+        if self.chosen is not None:
+            return self.chosen.get(shard, [])
         generator = _generator(self.options.seed, GROUP_ORDER, self.number, self.epoch, shard)
         order: list[int] = generator.permutation(self.part.group_counts[shard]).tolist()
         if self.deals_shards:

@@ -37,6 +37,8 @@ from video_files import encode_video, moving_frames
 
 from lapa.data.episode_source import EpisodeSource
 from lapa.data.frame_pairs import FrameGap, read_pairs
+from lapa.data.inspection import InspectOptions
+from lapa.data.inspection_rows import inspect_labels
 from lapa.data.jsonl import published_target, read_rows
 from lapa.data.label_table import LabelFolder, label_schema
 from lapa.data.labelled_stream import decode_stored_image, has_instruction
@@ -104,7 +106,8 @@ def read_published(root: Path) -> list[str]:
 
 
 def read_labels(root: Path) -> list[str]:
-    """Opens a folder of labels and reads all its row groups, decoding some of their images."""
+    """Inspects a folder of labels, opens it and reads all its row groups, decoding some of their images."""
+    inspect_labels(str(root), InspectOptions(num_pairs=4))
     folder, skipped = LabelFolder(root), list[str]()
     columns = [name for name in label_schema(folder.manifest.settings).names if name != "timestamp"]
     for file in range(len(folder.files)):

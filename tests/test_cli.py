@@ -1,12 +1,15 @@
 """The command line: help, exit codes, one line on bad input."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lapa
 from lapa.cli import COMMANDS, main
+from lapa.training.script_arguments import FinetuneArguments
 
 
 def test_help_names_every_command(capsys):
@@ -23,6 +26,29 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_the_table_of_options_names_the_commands_that_take_them(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text[text.index("| option | commands |") :].split("\n\n")[0].splitlines()[2:]
+    told = {row.split("|")[1].split("`")[1]: row.split("|")[2].strip().split(", ") for row in table}
+    assert told.pop("data") == ["all"] and len(told) == 9
+    for command in ("inspect", "train-quantizer", "label", "pretrain", "finetune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        listed = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+        if command == "finetune":
+            listed -= {name for name in ("frame_gap", "frame_gap_seconds", "filters") if _is_refused(name)}
+        assert {name for name, commands in told.items() if command in commands} == listed & set(told), command
+
+
+def _is_refused(name):
+    """Whether `lapa finetune` has an option only to say that it means nothing there."""
+    try:
+        FinetuneArguments(data="x", model="y", **{name: "static" if name == "filters" else 1})
+    except ValueError:
+        return True
+    return False
 
 
 def test_unknown_command(capsys):

@@ -1,22 +1,26 @@
 """`lapa inspect`: what it counts, what it says is skipped and why, and how little it decodes."""
 
 import json
+import shutil
+from dataclasses import asdict
 
+import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
-from lerobot_files import RECORDINGS, TASKS, TOP, VIDEO_PATHS, WRIST, png, write_lerobot
+from label_files import label_rows, label_settings, write_label_folder
+from lerobot_files import RECORDINGS, TASKS, TOP, VIDEO_PATHS, WRIST, write_lerobot
 from PIL import Image
 from shared_files import shared_path
 from tfds_files import TOY_FEATURES, frame_record, toy_episode, write_tfds_folder
 from video_files import encode_video, moving_frames
 
 from lapa.cli import main
+from lapa.data import inspection_rows
 from lapa.data.contact_sheet import TILE_SIZE, Section, difference, draw_sheet, make_tile
 from lapa.data.folders import VideoFolderSource
-from lapa.data.inspection import InspectOptions, evenly_spaced, inspect_source
-from lapa.data.inspection_rows import inspect_labels
+from lapa.data.inspection import Inspection, InspectOptions, evenly_spaced, inspect_source
+from lapa.data.inspection_report import to_text
+from lapa.data.inspection_rows import RowTotals, inspect_labels
 from lapa.data.number_summary import MAX_ROWS, NumberSummary
 from lapa.data.video import VideoFrames
 
@@ -259,33 +263,17 @@ def test_published_rows(tmp_path, capsys):
 
 def test_a_folder_of_labels(tmp_path, capsys):
     """Pairs on the sheet are a labelled step and the one of the same episode that its offset leads to."""
-    frames = moving_frames(4)
-    rows = [
-        {
-            "episode_id": episode,
-            "step_index": step,
-            "timestamp": step / 5,
-            "image": {"bytes": png(frames[step]), "path": None},
-            "next_frame_offset": 2,
-            "instruction": "push" if episode == "a" else None,
-            "latent_action_codes": [step, 7],
-            "action": [1.0, float(step)],
-            "embodiment": "widowx",
-            "source": "set/train",
-        }
-        for episode in ("a", "b")
-        for step in range(4)
-    ]
-    folder = tmp_path / "labels"
-    (folder / "data").mkdir(parents=True)
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "data" / "labels-00000-of-00004.parquet")
+    folder, frames = tmp_path / "labels", moving_frames(4)
+    settings = label_settings(4, row_group_rows=8)
+    write_label_folder(folder, {0: label_rows()}, settings)
     (folder / "data" / "labels-00001-of-00004.parquet").write_bytes(b"PAR1 cut")
-    manifest = {"complete": False, "command": "lapa label --again", "settings": {"quantizer_hash": "abc"}, "units": []}
-    (folder / "labels.json").write_text(json.dumps(manifest))
+    # None of the names that units have.
+    shutil.copy(folder / "data" / "labels-00000-of-00004.parquet", folder / "labels-00002-of-00004.parquet")
+    shutil.copy(folder / "data" / "labels-00000-of-00004.parquet", folder / "data" / "labels-copy.parquet")
     assert main(["inspect", str(folder), "--output", str(tmp_path / "out"), "--json"]) == 0
     (content,) = json.loads(capsys.readouterr().out)
     assert (content["kind"], content["rows"], content["episodes"], content["files"]) == ("labels", 8, 2, 2)
-    assert content["made_with"] == {"quantizer_hash": "abc"}
+    assert content["made_with"] == asdict(settings)
     assert content["warnings"] == [
         "labelling is not complete; this goes on with it: lapa label --again", "2 of 4 files are absent",
     ]  # fmt: skip
@@ -300,6 +288,53 @@ def test_a_folder_of_labels(tmp_path, capsys):
     assert np.array_equal(found.tiles[1].frames, make_tile(frames[1], frames[3], "", (1, 3)).frames)
     assert (tmp_path / "out" / "pairs.png").is_file()
     assert "labels-00001-of-00004.parquet" in refused(capsys, folder, "--on-error", "raise")
+
+
+def test_a_folder_of_labels_behind_a_url(tmp_path, capsys):
+    write_label_folder(tmp_path / "labels", {0: label_rows()}, label_settings(1))
+    here = inspect(capsys, tmp_path / "labels")
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path / "labels"), "/published", recursive=True)
+    try:
+        there = inspect(capsys, "memory://published")
+    finally:
+        system.rm("/published", recursive=True)
+    assert there | {"path": "", "name": ""} == here | {"path": "", "name": ""} and there["rows"] == 8
+
+
+def test_a_listing_that_is_damaged_is_a_warning(tmp_path, capsys):
+    write_label_folder(tmp_path / "labels", {0: label_rows()}, label_settings(1))
+    (tmp_path / "labels" / "labels.json").write_text("{")
+    content = inspect(capsys, tmp_path / "labels")
+    assert content["rows"] == 8 and content["made_with"] == {} and "labels.json is damaged" in content["warnings"][0]
+
+
+def test_rows_of_labels_are_counted_in_bounded_memory(monkeypatch, capsys):
+    """However many there are: values beyond a number of different ones are counted together."""
+    monkeypatch.setattr(inspection_rows, "MAX_DISTINCT", 3)
+    totals = RowTotals()
+    for episode in range(100):
+        codes = [[episode % 5, 7], [1, 7]]
+        totals.add_columns(
+            {
+                "episode_id": [str(episode)] * 2,
+                "source": [f"set {episode}"] * 2,
+                "instruction": [f"push {episode}"] * 2,
+                "latent_action_codes": codes,
+                "vision_codes": [[episode] * 16] * 2,
+            },
+            2,
+        )
+    kept = (totals.instructions.counts, totals.latent.sequences.counts, totals.vision.codes.counts)
+    assert [len(counts) for counts in (*kept, totals.texts["source"].counts)] == [3] * 4
+    assert totals.vision.sequences is None
+    content = totals.to_dict()
+    assert (content["rows"], content["episodes"], content["vision_codes"]["max"]) == (200, 100, 99)
+    instructions = content["instructions"]
+    assert instructions["count"] == 200 and instructions["distinct"] == 3 and instructions["distinct_or_more"]
+    assert "distinct_sequences" not in content["vision_codes"]
+    text = to_text([Inspection({"path": "x", "kind": "labels", "name": "x", "warnings": [], **content})])
+    assert "200, 3 or more different" in text and "3 or more different sequences" in text
 
 
 def test_a_tile_shows_both_frames_and_what_changed():

@@ -516,6 +516,24 @@ def test_real_workers_give_what_simulated_ones_give(rank):
     assert Counter(real) == Counter(simulated) and len(real) > 50
 
 
+def test_a_sample_goes_through_all_of_the_sources():
+    """Of more groups than examples every so-manieth; its neighbours stand in where it gives nothing."""
+    sources = [
+        FramePairSource(MemorySource("even", [[4] * 10] * 6), frame_gap=1),
+        FramePairSource(MemorySource("odd", [[4] * 20]), weight=0.001, frame_gap=1),
+    ]
+    sample = FramePairStream(sources, pairs_per_episode=2).sample(16)
+    taken = {example["episode_id"] for example in sample if example["source"] == "even"}
+    assert taken == {f"{shard}/{episode}" for shard in range(6) for episode in (0, 5)}
+    taken = [example["episode_id"] for example in sample if example["source"] == "odd"]
+    assert sorted(taken) == ["0/0", "0/10", "0/15", "0/5"]
+    short = FramePairSource(MemorySource("short", [[1, 1, 4, 4, 4], [1, 4, 4, 1, 4]]), frame_gap=1)
+    for count, expected in ((2, {"0/2"}), (6, {"0/2", "0/3", "0/4", "1/1", "1/2", "1/4"})):
+        sample = FramePairStream([short]).sample(count)
+        assert len(sample) == count and expected <= {example["episode_id"] for example in sample}
+    assert len(FramePairStream([short]).sample(12)) == 12
+
+
 def test_the_properties_see_what_is_wrong():
     """A stream that deals an episode twice, and a resume that loses its place, are caught."""
     case = replace(REAL, num_workers=0, world_size=1)
