@@ -158,6 +158,7 @@ class ActionStepPart(StreamPart[Episode, _Step]):
             "action_horizon": self.window.horizon,
             "past_end": self.window.past_end,
             "use_proprio": self.use_proprio,
+            "options": dict(self.source.options),
             "shards": [len(self.group_counts), sum(self.group_counts), self.shards_hash],
         }
 

@@ -3,8 +3,10 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from lapa.data.schema import Episode, ReadError
 
@@ -14,6 +16,7 @@ logger = logging.getLogger(__name__)
 ROBOT_GAP_SECONDS, HUMAN_GAP_SECONDS = 0.6, 2.4
 
 OnError = Callable[[ReadError], None]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def raise_error(error: ReadError) -> None:
@@ -49,6 +52,9 @@ class EpisodeSource(ABC):
         embodiment (`str`, *optional*): Robot or person that acts.
         unnorm_key (`str`, *optional*): Name under which the statistics of its actions are kept.
         warnings (`tuple[str, ...]`): What is announced but absent, or is left out, and why; for people to read.
+        options (`Mapping[str, Any]`): What it was opened with where that is not the default and changes what its episodes
+            hold (`action_keys`, `frequency`, `captions`, ...), as JSON has it; filled in by `open_source`. Two runs over
+            the same shards with other options are two different runs.
     """
 
     name: str
@@ -56,6 +62,7 @@ class EpisodeSource(ABC):
     embodiment: str | None = None
     unnorm_key: str | None = None
     warnings: tuple[str, ...] = ()
+    options: Mapping[str, Any] = NO_OPTIONS
 
     @property
     @abstractmethod

@@ -107,6 +107,7 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
             "frame_gap_seconds": self.gap.seconds,
             "filters": [repr(item) for item in self.filters],
             "image_size": self.size,
+            "options": dict(self.source.options),
             "shards": [len(self.group_counts), sum(self.group_counts), self.shards_hash],
         }
 

@@ -170,6 +170,15 @@ def test_several_robots_in_one_run(chain, bridge, tmp_path):
     times = [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
     assert finetune(chain, str(mixture), output, "--eval_episodes", "2") == 0
     assert times == [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
+    # Other actions of the same files have statistics of their own.
+    entries[1] |= {"action_keys": ["observation/state"], "action_transform": None}
+    mixture.write_text(yaml.safe_dump(entries))
+    assert finetune(chain, str(mixture), output, "--eval_episodes", "2", "--gripper_dimension", "none") == 0
+    recounted = json.loads((output / "action_statistics" / "statistics.json").read_text())
+    assert recounted["sources"][1]["options"]["action_keys"] == ["observation/state"]
+    assert (
+        recounted["keys"]["two"] != statistics["keys"]["two"] and recounted["keys"]["one"] == statistics["keys"]["one"]
+    )
 
 
 def test_streamed_finetuning_resumes_exactly(chain, bridge, tmp_path):
