@@ -82,6 +82,7 @@ class SourceSettings:
         num_shards, num_episodes (`int`): Size of the source.
         shards_hash (`str`): SHA-256 over the names and sizes of its shards.
         licence (`str`, *optional*): Where the table of Open X-Embodiment tells it.
+        options (`dict`): What it was opened with beside that, see `EpisodeSource.options`.
     """
 
     name: str
@@ -93,6 +94,7 @@ class SourceSettings:
     num_episodes: int
     shards_hash: str
     licence: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def test_a_run_with_other_settings_is_refused(place, tmp_path, capsys):
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for more, named in (
         (["--frame_gap", "3"], "sources[0].frame_gap (3, not 2)"),
+        (["--frequency", "20"], "sources[0].options.frequency (20.0, not 10.0)"),
         (["--batch_size", "8"], "batch_size (8, not 64)"),
         (["--num_threads", "2"], "num_threads (2, not 1)"),
         (["--filters", "static"], "sources[0].filters (['StaticPairs(min_change=0.00392"),

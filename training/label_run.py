@@ -70,6 +70,7 @@ def source_settings(source: FramePairSource) -> SourceSettings:
         num_episodes=source.source.num_episodes,
         shards_hash=hashlib.sha256(shards.encode()).hexdigest(),
         licence=None if row is None else row.licence,
+        options=dict(source.source.options),
     )
 
 
