@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -335,3 +336,19 @@ def test_push(place, tmp_path, monkeypatch, capsys):
     assert 'load_dataset("me/labels"' in (tmp_path / "out" / "README.md").read_text()
     assert "https://huggingface.co/datasets/me/labels" in capsys.readouterr().out
     assert label_script.upload_labels(tmp_path / "out", "me/labels") == "https://huggingface.co/datasets/me/labels"
+
+
+@pytest.mark.parametrize("spelling", ["--shard_index 1 --num_shards 3", "--shard-index 1 --num-shards=3"])
+def test_the_command_that_finishes_the_folder(spelling, monkeypatch):
+    """All that was said, wherever and however it was, but which part of the work one process does."""
+    import shlex
+
+    from lapa.training.script_arguments import LabelArguments
+
+    line = f"--model q --data 'a b' --output=label --frame-gap 2 --action false {spelling} --on-error skip"
+    monkeypatch.setattr("sys.argv", ["lapa", "label", *shlex.split(line)])
+    (arguments,) = scripts.make_parser((LabelArguments,), "lapa label").parse_args_and_config(shlex.split(line))
+    command = label_script._command(arguments)
+    assert command == "lapa label --data 'a b' --frame_gap 2 --on_error skip --model q --output label --action False"
+    (again,) = scripts.make_parser((LabelArguments,), "lapa label").parse_args_and_config(shlex.split(command)[2:])
+    assert again == replace(arguments, shard_index=0, num_shards=1)

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 # H of the paper at the 5 Hz of BridgeV2: 0.6 s.
 DEFAULT_FRAME_GAP = 3
-# Written beside a trained quantizer: what `lapa label` takes up where it is told nothing else.
-SETTINGS_FILE = "training_settings.json"
 
 
 @dataclass
@@ -252,7 +250,6 @@ def jsonl_steps(path: str | Path, target: str) -> StepColumns:
 
 __all__ = [
     "DEFAULT_FRAME_GAP",
-    "SETTINGS_FILE",
     "EpisodeFrames",
     "EpisodeSource",
     "StepColumns",
