@@ -104,7 +104,7 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
     """
     from lapa.data.inspection import inspect_source
     from lapa.data.inspection_rows import inspect_labels, inspect_published, is_label_folder
-    from lapa.data.jsonl import is_published_file
+    from lapa.data.jsonl import holds_published_rows
     from lapa.data.open_source import MixtureEntry, is_mixture, mixture_entries
 
     entries = [MixtureEntry("", {"path": source, **chosen})]
@@ -112,7 +112,7 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
         rows: Callable[..., Inspection] | None = None
         if is_label_folder(source):
             rows = inspect_labels
-        elif is_published_file(source) and not (is_mixture(source) and _is_mixture_file(source)):
+        elif holds_published_rows(source):
             rows = inspect_published
         if rows is not None:
             if chosen:
@@ -133,17 +133,6 @@ def inspect_any(source: str, chosen: dict[str, Any], options: "InspectOptions") 
         inspection.content["warnings"].extend(entry.notes)
         found.append(inspection)
     return found
-
-
-def _is_mixture_file(path: str) -> bool:
-    """Whether a `.json` file holds a mixture, not published rows."""
-    from lapa.data.jsonl import published_target
-
-    try:
-        published_target(path)
-    except ValueError:
-        return True
-    return False
 
 
 class _Progress:

@@ -104,6 +104,17 @@ def is_published_file(path: str) -> bool:
     return path.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
+def holds_published_rows(path: str) -> bool:
+    """Whether a file is of published rows by its name, and, as a `.json` file may be a mixture as well, by what is in it."""
+    if not is_published_file(path) or not path.endswith(".json"):
+        return is_published_file(path)
+    try:
+        published_target(path)
+    except ValueError:
+        return False
+    return True
+
+
 def read_rows(path: str | Path, target: str, on_error: OnError = raise_error) -> Iterator[PublishedRow]:
     """
     Reads the rows of a file one by one, holding no more than one of them.
@@ -452,6 +463,7 @@ __all__ = [
     "FIELDS",
     "MAX_ROW_BYTES",
     "PublishedRow",
+    "holds_published_rows",
     "is_published_file",
     "published_target",
     "read_rows",

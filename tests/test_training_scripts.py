@@ -1,5 +1,6 @@
 """The four commands chain on real data, and say what is wrong in one line."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -330,6 +331,29 @@ def test_published_rows(tmp_path, capsys):
     arguments = ["--data", str(actions), "--model", str(policy), "--output_dir", str(tmp_path / "robot")]
     assert scripts.finetune([*arguments, *common]) == 0, capsys.readouterr().err
     assert list(LapaProcessor.from_pretrained(tmp_path / "robot").action_statistics) == ["actions"]
+    # Every name that such a file may have is taken by both, and rows that cannot be trained on are refused by both.
+    commands = {"pretrain": (data, end_to_end_folder("latent")), "finetune": (actions, policy)}
+    for command, (source, model) in commands.items():
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        for name, path in (("x.json.gz", tmp_path / "x.json"), ("x.jsonl.gz", source)):
+            (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+        for name in ("x.json", "x.json.gz", "x.jsonl.gz"):
+            arguments = [
+                "--data",
+                str(tmp_path / name),
+                "--model",
+                str(model),
+                "--output_dir",
+                str(tmp_path / command),
+            ]
+            assert getattr(scripts, command)([*arguments, *common]) == 0, (name, capsys.readouterr().err)
+        images = [{**row, "image": "a.jpg"} for row in rows]
+        for row in images:
+            del row["vision"]
+        (tmp_path / "x.json").write_text(json.dumps(images))
+        arguments[1] = str(tmp_path / "x.json")
+        assert "row 1: `vision` is missing" in error_of(capsys, getattr(scripts, command)([*arguments, *common]))
 
 
 def error_of(capsys, code):

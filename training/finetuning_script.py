@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lapa.training.action_data import ActionData
     from lapa.training.sources import StepColumns
 
-PUBLISHED_ENDINGS = (".jsonl", ".jsonl.gz")
-
 
 def _action_sizes(script_args: FinetuneArguments, source: "LapaConfig", action_dim: int) -> dict[str, Any]:
     """What the policy becomes for these actions; one that has action rows must have room for them already."""
@@ -100,6 +98,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     from trl import get_peft_config
 
     from lapa.configuration.configuration_lapa import LapaConfig
+    from lapa.data.jsonl import holds_published_rows
     from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.action_data import open_action_data
@@ -117,7 +116,7 @@ def run_finetune(script_args: FinetuneArguments, training_args: Any, model_args:
     source_config = LapaConfig.from_pretrained(script_args.model)
     wants_proprio = source_config.use_proprio if script_args.use_proprio is None else script_args.use_proprio
     columns = data = None
-    if script_args.data.endswith(PUBLISHED_ENDINGS):
+    if script_args.kind is None and holds_published_rows(script_args.data):
         if script_args.augmentation:
             raise ValueError("`augmentation` needs images, and `data` holds image codes.")
         columns = jsonl_steps(script_args.data, "action")
