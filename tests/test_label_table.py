@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ from shared_files import shared_path
 from tiny_models import TINY_VISION_TOKENIZER, build
 
 from lapa import LapaForLatentAction, LapaVisionTokenizer, LapaVisionTokenizerConfig
-from lapa.data.label_table import LabelFolder, LabelManifest, label_schema, read_settings
+from lapa.data.label_table import LabelFolder, LabelManifest, LabelSettings, label_schema
 from lapa.data.rlds import RldsSource
 from lapa.training import label_script, scripts
 from lapa.training.label_vision import hash_vision_tokenizer, load_vision_tokenizer
@@ -115,7 +115,9 @@ def test_the_vision_tokenizer_may_come_from_either_folder(place):
 
 
 def test_provenance_is_in_every_file(bridge, place):
-    settings = read_settings(bridge / "data" / "labels-00000-of-00001.parquet")
+    metadata = pq.read_schema(bridge / "data" / "labels-00000-of-00001.parquet").metadata
+    values = json.loads(metadata[b"lapa"])
+    settings = LabelSettings.from_dict({item.name: values[item.name] for item in fields(LabelSettings)})
     manifest = LabelManifest.load(bridge)
     assert settings == manifest.settings and manifest.complete
     from lapa.training.label_latent_actions import hash_weights
