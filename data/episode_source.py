@@ -1,5 +1,7 @@
 """How a data set is read, whatever its format: shards of episodes, each readable on its own and in any order."""
 
+import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -105,6 +107,12 @@ class EpisodeSource(ABC):
     def num_episodes(self) -> int:
         """Of all shards."""
         return sum(shard.num_episodes for shard in self.shards)
+
+    @property
+    def shards_hash(self) -> str:
+        """SHA-256 over the names and sizes of the shards."""
+        shards = json.dumps([[shard.name, shard.num_episodes] for shard in self.shards])
+        return hashlib.sha256(shards.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Episode]:
         """All episodes in order; the first that cannot be read raises."""

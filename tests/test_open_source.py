@@ -65,6 +65,7 @@ def test_options_are_recorded_and_part_of_a_streams_state(folders):
         == EpisodeRange(slow, 0, 1).options
         == pickle.loads(pickle.dumps(slow)).options
     )
+    assert slow.shards_hash == fast.shards_hash != EpisodeRange(open_source(folders / "rlds"), 0, 1).shards_hash
     robot = recorded_options("rlds", {"action_keys": ("action",), "action_transform": np.zeros_like, "dataset": None})
     assert robot == {"action_keys": ["action"], "action_transform": "numpy:zeros_like"}
     assert recorded_options("rlds", {"action_transform": None}) == {"action_transform": None}

@@ -104,7 +104,8 @@ def _with_settings(entry: "MixtureEntry", recorded: Mapping[str, Any]) -> tuple[
     """Options of a source with what was recorded, and what does not fit it."""
     from lapa.data.open_source import source_kind, source_options
 
-    options, notes = dict(entry.options), []
+    options: dict[str, Any] = dict(entry.options)
+    notes: list[str] = []
     if not isinstance(options.get("path"), (str, Path)):
         # Opening it says what is wrong.
         return options, notes
