@@ -101,18 +101,18 @@ def test_what_differed_is_said(place):
     assert opened(place / "videos", {"frame_gap": None}) == ([(None, 2.4, None)], [])
 
 
-def test_settings_stand_beside_the_quantizer_before_it_is_trained(place, tmp_path, monkeypatch):
-    from lapa.training import quantizer_script
+def test_settings_stand_beside_the_quantizer_from_its_first_step_on(place, tmp_path, monkeypatch):
+    from lapa.training.quantizer_trainer import LapaQuantizerTrainer
 
-    def stop(trainer, training_args):
+    def stop(*arguments, **more):
         raise ValueError("stopped")
 
-    monkeypatch.setattr(quantizer_script, "run_training", stop)
-    command = ["--data", str(place / "clips"), "--frequency", "5", "--output_dir", str(tmp_path / "q"), "--use_cpu"]
+    monkeypatch.setattr(LapaQuantizerTrainer, "training_step", stop)
+    command = ["--data", str(place / "clips"), "--frequency", "1.25", "--output_dir", str(tmp_path / "q"), "--use_cpu"]
     sizes = ["--quantizer_config", json.dumps(TINY_QUANTIZER), "--report_to", "none", "--max_steps", "1"]
     assert scripts.train_quantizer([*command, *sizes]) == 2
     settings = read_training_settings(str(tmp_path / "q"))
-    assert (settings["frame_gap_seconds"], settings["frequency"]) == (2.4, 5.0)
+    assert (settings["frame_gap_seconds"], settings["frequency"]) == (2.4, 1.25)
     assert read_training_settings(str(tmp_path)) == {}
     for content in ("{", "[]", "[" * 100_000):
         (tmp_path / "training_settings.json").write_text(content)
