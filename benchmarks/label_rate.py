@@ -102,7 +102,7 @@ def main() -> None:
                 episodes_per_unit=args.episodes_per_unit, image_size=args.image_size, device=args.device,
                 dtype=args.dtype, compile=args.compile,
             )  # fmt: skip
-            sources = open_label_sources(script_args, {})
+            sources = open_label_sources(script_args)
             labeller, fresh = make_labeller(script_args, sources)
             if encoder is None:
                 encoder = fresh

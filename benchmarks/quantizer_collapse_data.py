@@ -92,13 +92,15 @@ def _tabletop(source: str) -> Pairs:
 
 def _bridge(folder: str) -> Pairs:
     from lapa.data.frame_pairs import resize_frame
-    from lapa.training.sources import load_rlds
+    from lapa.data.open_source import open_source
 
-    source = load_rlds(folder)
-    episodes = [episode for episode in source.episodes if episode.action is not None]
+    camera = open_source(folder).cameras[0]
+    # Actions as they are recorded.
+    source = open_source(folder, cameras=[camera], action_transform=None)
+    episodes = [episode for episode in source if camera in episode.frames and episode.action is not None]
     frames = np.stack(
         [
-            resize_frame(episode.frame(source.camera, step), (BRIDGE_SIZE, BRIDGE_SIZE))
+            resize_frame(episode.frame(camera, step), (BRIDGE_SIZE, BRIDGE_SIZE))
             for episode in episodes
             for step in range(episode.num_steps)
         ]

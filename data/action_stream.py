@@ -1,25 +1,23 @@
 """Steps with an action of one or many sources as a stream: what a policy is finetuned on at scale."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lapa.data.action_stats import episode_actions
 from lapa.data.episode_source import EpisodeSource, OnError
-from lapa.data.read_counts import BLANK_CAMERA, TOO_SHORT, ReadCounts
+from lapa.data.read_counts import BLANK_CAMERA, NO_INSTRUCTION, TOO_SHORT, ReadCounts, StepCounts
 from lapa.data.schema import Episode
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.data.stream_cursor import Reference, StreamOptions, StreamPart
 from lapa.processing.image_augmentation_lapa import LapaImageAugmentation
 from lapa.processing.processing_lapa import LapaProcessor
 
-# Reasons to leave steps out: nothing was done, nobody said what to do, the state is not known, the chunk leaves the episode.
-NO_ACTION, NO_INSTRUCTION, NO_PROPRIO, PAST_END = "no_action", "no_instruction", "no_proprio", "past_end"
+# Reasons to leave steps out, beside `NO_INSTRUCTION`: nothing was done, the state is not known, the chunk leaves the episode.
+NO_ACTION, NO_PROPRIO, PAST_END = "no_action", "no_proprio", "past_end"
 # What becomes of a step whose chunk of actions leaves the episode.
 PAST_END_RULES = ("drop", "repeat", "mask")
 # Beside the numbers of the draws of a stream's order: these are of an example.
@@ -70,13 +68,6 @@ class ActionStepSource:
     def key(self) -> str:
         """Name of the statistics of its actions."""
         return self.unnorm_key or self.source.unnorm_key or self.source.name
-
-
-class StepCounts(ReadCounts):
-    """`ReadCounts` of episodes and their steps."""
-
-    group_name: ClassVar[str] = "episodes"
-    item_name: ClassVar[str] = "steps"
 
 
 @dataclass(frozen=True)
@@ -144,10 +135,8 @@ class ActionStepPart(StreamPart[Episode, _Step]):
         self.window, self.use_proprio, self.seed = window, use_proprio, seed
         self.any_order = self.source.any_order
         self.encode, self.prepare = encode, prepare
-        shards = self.source.shards
-        self.group_counts = tuple(shard.num_episodes for shard in shards)
-        names = json.dumps([[shard.name, shard.num_episodes] for shard in shards])
-        self.shards_hash = hashlib.sha256(names.encode()).hexdigest()
+        self.group_counts = tuple(shard.num_episodes for shard in self.source.shards)
+        self.shards_hash = self.source.shards_hash
 
     def description(self) -> dict[str, Any]:
         """As in `StreamPart`; shards go in by their names and numbers of episodes."""
@@ -159,6 +148,7 @@ class ActionStepPart(StreamPart[Episode, _Step]):
             "action_horizon": self.window.horizon,
             "past_end": self.window.past_end,
             "use_proprio": self.use_proprio,
+            "options": dict(self.source.options),
             "shards": [len(self.group_counts), sum(self.group_counts), self.shards_hash],
         }
 
@@ -360,5 +350,4 @@ __all__ = [
     "ActionStepSource",
     "ActionStepStream",
     "ActionWindow",
-    "StepCounts",
 ]

@@ -1,26 +1,43 @@
 """Files that appear whole or not at all, and what processes that died have left of theirs."""
 
+import hashlib
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-# A file that is being written: a dot, its final name, and who writes it.
-PARTIAL = re.compile(r"\..+\.partial-(?P<host>[A-Za-z0-9_-]+)-(?P<process>\d+)")
-# Age after which an unfinished file of another machine counts as left behind: writers touch theirs every few minutes.
-STALE_SECONDS = 3600.0
+# A file that is being written: a dot, its final name, and who writes it (`_place` and process).
+PARTIAL = re.compile(r"\..+\.partial-(?P<place>[A-Za-z0-9_-]+)-(?P<process>\d+)")
+# Age of its last write after which an unfinished file of another place counts as left behind. Files of labels are written
+# row group by row group, which takes minutes at most; a writer that was suspended for longer fails when it commits.
+STALE_SECONDS = 24 * 3600.0
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()) or "host"
+@cache
+def _place() -> str:
+    """
+    Where process numbers mean what they mean here: host, boot and, in containers, the namespace of process numbers.
+
+    Hosts of one name, a machine that was started anew, and containers on one machine each have numbers of their own.
+    """
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()) or "host"
+    told = [host]
+    try:
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        told.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        # A system without them has no such namespaces.
+        told.append("")
+    return f"{host}-{hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 
 
 def partial_path(path: Path) -> Path:
     """Where this process writes a file before it gets its name: beside it, hidden."""
-    return path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
+    return path.with_name(f".{path.name}.partial-{_place()}-{os.getpid()}")
 
 
 def commit(partial: Path, path: Path) -> None:
@@ -82,7 +99,7 @@ def remove_stale(folder: Path) -> list[str]:
     """
     Removes unfinished files of processes that no longer run.
 
-    Those of this machine by their process, those of other machines by their age (`STALE_SECONDS`).
+    Those of this place (`_place`) by their process, all others by their age (`STALE_SECONDS`).
 
     Returns:
         Names of the removed files.
@@ -90,15 +107,15 @@ def remove_stale(folder: Path) -> list[str]:
     removed = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = PARTIAL.fullmatch(entry.name)
-        if match and not _is_written(entry, match["host"], int(match["process"])):
+        if match and not _is_written(entry, match["place"], int(match["process"])):
             entry.unlink(missing_ok=True)
             removed.append(entry.name)
     return removed
 
 
-def _is_written(path: Path, host: str, process: int) -> bool:
+def _is_written(path: Path, place: str, process: int) -> bool:
     """Whether somebody is still at work on an unfinished file."""
-    if host != _host():
+    if place != _place():
         try:
             return time.time() - path.stat().st_mtime < STALE_SECONDS
         except FileNotFoundError:

@@ -26,7 +26,7 @@ class EpisodeRange(EpisodeSource):
             raise ValueError(f"`start` and `stop` must give a part of {total} episodes, got {start} and {stop}.")
         self.source, self.any_order = source, source.any_order
         self.name, self.frame_gap_seconds, self.warnings = source.name, source.frame_gap_seconds, source.warnings
-        self.embodiment, self.unnorm_key = source.embodiment, source.unnorm_key
+        self.embodiment, self.unnorm_key, self.options = source.embodiment, source.unnorm_key, source.options
         # Shard of the source, and its first episode in the range.
         self._parts: list[tuple[int, int]] = []
         shards, before = [], 0

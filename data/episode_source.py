@@ -1,10 +1,14 @@
 """How a data set is read, whatever its format: shards of episodes, each readable on its own and in any order."""
 
+import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from lapa.data.schema import Episode, ReadError
 
@@ -14,6 +18,7 @@ logger = logging.getLogger(__name__)
 ROBOT_GAP_SECONDS, HUMAN_GAP_SECONDS = 0.6, 2.4
 
 OnError = Callable[[ReadError], None]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def raise_error(error: ReadError) -> None:
@@ -51,6 +56,9 @@ class EpisodeSource(ABC):
         embodiment (`str`, *optional*): Robot or person that acts.
         unnorm_key (`str`, *optional*): Name under which the statistics of its actions are kept.
         warnings (`tuple[str, ...]`): What is announced but absent, or is left out, and why; for people to read.
+        options (`Mapping[str, Any]`): What it was opened with where that is not the default and changes what its episodes
+            hold (`action_keys`, `frequency`, `captions`, ...), as JSON has it; filled in by `open_source`. Two runs over
+            the same shards with other options are two different runs.
     """
 
     name: str
@@ -59,6 +67,7 @@ class EpisodeSource(ABC):
     embodiment: str | None = None
     unnorm_key: str | None = None
     warnings: tuple[str, ...] = ()
+    options: Mapping[str, Any] = NO_OPTIONS
 
     @property
     @abstractmethod
@@ -101,6 +110,12 @@ class EpisodeSource(ABC):
     def num_episodes(self) -> int:
         """Of all shards."""
         return sum(shard.num_episodes for shard in self.shards)
+
+    @property
+    def shards_hash(self) -> str:
+        """SHA-256 over the names and sizes of the shards."""
+        shards = json.dumps([[shard.name, shard.num_episodes] for shard in self.shards])
+        return hashlib.sha256(shards.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Episode]:
         """All episodes in order; the first that cannot be read raises."""

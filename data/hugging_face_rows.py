@@ -14,7 +14,7 @@ from lapa.data.encoded_frames import EncodedFrames
 from lapa.data.episode_source import SkippedEpisodes
 from lapa.data.frame_pairs import PAIRS_PER_READ, open_pairs, read_pairs, resize_frame, seconds_between
 from lapa.data.mixture import FramePairSource
-from lapa.data.read_counts import BLANK_CAMERA, PairCounts, ReadCounts
+from lapa.data.read_counts import BLANK_CAMERA, PairCounts, ReadCounts, StepCounts
 from lapa.data.schema import Episode, ReadError
 
 if TYPE_CHECKING:
@@ -78,12 +78,6 @@ class Tally:
             logger.info("read so far: %s", ", ".join(f"{name} {value:g}" for name, value in told.items()))
         if self.pieces == 0:
             self.skipped.check()
-
-
-class StepCounts(ReadCounts):
-    """`ReadCounts` of episodes and their steps."""
-
-    group_name, item_name = "episodes", "steps"
 
 
 class EpisodeCounts(ReadCounts):

@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ class SourceSettings:
         num_shards, num_episodes (`int`): Size of the source.
         shards_hash (`str`): SHA-256 over the names and sizes of its shards.
         licence (`str`, *optional*): Where the table of Open X-Embodiment tells it.
+        options (`dict`): What it was opened with beside that, see `EpisodeSource.options`.
     """
 
     name: str
@@ -94,6 +95,7 @@ class SourceSettings:
     num_episodes: int
     shards_hash: str
     licence: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -384,23 +386,6 @@ def _columns(settings: LabelSettings) -> list[tuple[str, str]]:
     ]
 
 
-def read_settings(path: str | Path) -> LabelSettings:
-    """
-    Settings in the schema metadata of a Parquet file of labels.
-
-    Raises:
-        ReadError: No such file, or one without them.
-    """
-    import pyarrow.parquet as pq
-
-    with parquet_errors(str(path)):
-        metadata = pq.read_schema(path).metadata or {}
-    if METADATA_KEY.encode() not in metadata:
-        raise ReadError(f"{path} holds no labels: its schema has no metadata {METADATA_KEY!r}.")
-    values = json.loads(metadata[METADATA_KEY.encode()])
-    return LabelSettings.from_dict({item.name: values[item.name] for item in fields(LabelSettings)})
-
-
 def present_units(folder: Path, settings: LabelSettings) -> set[int]:
     """Units whose files are there."""
     data = folder / DATA_FOLDER
@@ -535,7 +520,6 @@ __all__ = [
     "counts_path",
     "label_schema",
     "present_units",
-    "read_settings",
     "read_unit_record",
     "unit_file",
 ]

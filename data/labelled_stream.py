@@ -14,14 +14,13 @@ from torch.utils.data import Dataset
 
 from lapa.data.episode_source import OnError, raise_error
 from lapa.data.label_table import LabelFolder
-from lapa.data.read_counts import ReadCounts
+from lapa.data.read_counts import NO_INSTRUCTION, ReadCounts
 from lapa.data.schema import ReadError
 from lapa.data.shuffled_stream import ShuffledStream
 from lapa.data.stream_cursor import Reference, StreamOptions, StreamPart
 from lapa.processing.processing_lapa import LapaProcessor
 
 # Reason to leave a step out.
-NO_INSTRUCTION = "no_instruction"
 # Columns of what the image may come from; or none is needed, or codes lie in files of their own.
 VISION_COLUMNS, NO_VISION = {"images": "image", "column": "vision_codes"}, "none"
 MIXTURE_ENDINGS = (".yaml", ".yml")
@@ -29,7 +28,7 @@ MIXTURE_ENDINGS = (".yaml", ".yml")
 Place = tuple[int, int]
 
 
-class StepCounts(ReadCounts):
+class RowGroupCounts(ReadCounts):
     """`ReadCounts` of row groups and their steps."""
 
     group_name: ClassVar[str] = "row_groups"
@@ -142,9 +141,9 @@ class LabelPart(StreamPart[_RowGroup, _Step]):
             "vision": "images" if self.source.vision == "images" else "codes",
         }
 
-    def new_counts(self) -> StepCounts:
+    def new_counts(self) -> RowGroupCounts:
         """As in `StreamPart`."""
-        return StepCounts()
+        return RowGroupCounts()
 
     def open(self, shard: int, groups: Sequence[int], on_error: OnError) -> Iterator[tuple[int, _RowGroup]]:
         """As in `StreamPart`: row groups of a file. A file that cannot be read is one error."""
@@ -292,7 +291,7 @@ class LabelledRows(Dataset[dict[str, Any]]):
             for shard, count in enumerate(part.group_counts):
                 for group, rows in light.open(shard, range(count), raise_error):
                     self._groups.append((number, shard, group))
-                    self._items.append(light.items(rows, StepCounts()))
+                    self._items.append(light.items(rows, RowGroupCounts()))
         self._ends = np.cumsum([len(items) for items in self._items])
         self._kept: tuple[int, _RowGroup] | None = None
 

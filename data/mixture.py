@@ -1,7 +1,5 @@
 """Frame pairs of one or many sources as an endless or single-pass stream: what the quantizer learns from at scale."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,10 +90,8 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
         self.name, self.weight, self.filters = source.name, source.weight, tuple(source.filters)
         self.camera, self.any_order = source.chosen_camera, source.source.any_order
         self.size = image_height_width(image_size)
-        shards = self.source.shards
-        self.group_counts = tuple(shard.num_episodes for shard in shards)
-        names = json.dumps([[shard.name, shard.num_episodes] for shard in shards])
-        self.shards_hash = hashlib.sha256(names.encode()).hexdigest()
+        self.group_counts = tuple(shard.num_episodes for shard in self.source.shards)
+        self.shards_hash = self.source.shards_hash
 
     def description(self) -> dict[str, Any]:
         """As in `StreamPart`; shards go in by their names and numbers of episodes."""
@@ -107,6 +103,7 @@ class FramePairPart(StreamPart[Episode, _DecodedPair]):
             "frame_gap_seconds": self.gap.seconds,
             "filters": [repr(item) for item in self.filters],
             "image_size": self.size,
+            "options": dict(self.source.options),
             "shards": [len(self.group_counts), sum(self.group_counts), self.shards_hash],
         }
 

@@ -94,7 +94,40 @@ def open_source(spec: SourceSpec, **options: Any) -> EpisodeSource:
         raise ValueError(f"`cameras` must be a list of names, got {cameras!r}.")
     made: Any = source_class(kind)
     source: EpisodeSource = made(path, **options)
+    source.options = recorded_options(kind, options)
     return source
+
+
+# Options that a source tells in another way: by its name, its shards, or the camera and gap of what reads it.
+TOLD_OTHERWISE = ("split", "cameras", "frame_gap_seconds")
+
+
+def recorded_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a source is opened with, as it is recorded and compared with what an earlier run recorded.
+
+    Args:
+        kind: Of the source.
+        options: As it takes them.
+
+    Returns:
+        Those that are not the default, by name, as JSON has them.
+    """
+    parameters = inspect.signature(source_class(kind)).parameters
+    changed = {
+        name: value
+        for name, value in sorted(options.items())
+        if name not in TOLD_OTHERWISE and value != parameters[name].default
+    }
+    recorded: dict[str, Any] = json.loads(json.dumps(changed, default=_recorded_value))
+    return recorded
+
+
+def _recorded_value(value: Any) -> str:
+    """A path, or a function by its name: its address changes from run to run."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return str(value)
 
 
 def source_class(kind: str) -> type[EpisodeSource]:
@@ -419,6 +452,7 @@ __all__ = [
     "open_source",
     "own_kind",
     "read_filters",
+    "recorded_options",
     "source_class",
     "source_kind",
     "source_options",

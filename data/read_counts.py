@@ -10,6 +10,8 @@ GAP_BIN_SECONDS = 0.01
 
 # Reasons to skip an episode: it ends before the gap, the camera recorded nothing, it cannot be read.
 TOO_SHORT, BLANK_CAMERA, UNREADABLE = "too_short", "blank_camera", "unreadable"
+# Reason to leave steps out: nobody said what to do.
+NO_INSTRUCTION = "no_instruction"
 # Reason to drop a pair beside the filters' names: no frame lies near enough to where the gap ends.
 NO_FRAME_AT_GAP = "no_frame_at_gap"
 
@@ -95,6 +97,13 @@ class GapHistogram:
         return sum(gap * count for gap, count in self.seconds.items()) * GAP_BIN_SECONDS / total if total else None
 
 
+class StepCounts(ReadCounts):
+    """`ReadCounts` of episodes and their steps."""
+
+    group_name: ClassVar[str] = "episodes"
+    item_name: ClassVar[str] = "steps"
+
+
 @dataclass
 class PairCounts(ReadCounts):
     """
@@ -135,9 +144,11 @@ __all__ = [
     "BLANK_CAMERA",
     "GAP_BIN_SECONDS",
     "NO_FRAME_AT_GAP",
+    "NO_INSTRUCTION",
     "TOO_SHORT",
     "UNREADABLE",
     "GapHistogram",
     "PairCounts",
     "ReadCounts",
+    "StepCounts",
 ]

@@ -1,11 +1,9 @@
 """`lapa report-quantizer`: is a latent action quantizer good?"""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from lapa.evaluation.quantizer_report import DEFAULT_MAX_PAIRS, measure_quantizer
 from lapa.evaluation.quantizer_report_sample import TARGETS
@@ -13,7 +11,7 @@ from lapa.evaluation.quantizer_report_verdict import LEVELS, reaches
 from lapa.training.script_arguments import SourceArguments
 from lapa.training.script_tools import check_checkpoint
 from lapa.training.scripts import make_parser
-from lapa.training.sources import SETTINGS_FILE
+from lapa.training.trained_settings import open_as_trained, read_training_settings
 
 
 @dataclass(kw_only=True)
@@ -71,43 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_report(arguments)
 
 
-def training_settings(model: str) -> dict[str, Any]:
-    """What `lapa train-quantizer` wrote beside a quantizer; empty where there is nothing."""
-    path = Path(model) / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it holds no mapping.")
-    return settings
-
-
-def open_as_trained(arguments: ReportArguments) -> tuple[tuple[Any, ...], list[str]]:
-    """
-    The sources, with camera, gap and frequency of the training where the arguments say nothing.
-
-    Returns:
-        The sources, and what of the training's settings they could not take, in words.
-    """
-    settings = training_settings(arguments.model)
-    names = ("camera", "frame_gap", "frame_gap_seconds", "frequency")
-    defaults = {name: settings[name] for name in names if settings.get(name) is not None}
-    try:
-        return arguments.open_sources(**defaults), []
-    except ValueError as error:
-        # Other data need not have the camera of the training, nor take a frequency; the gap fits all.
-        gap = {name: value for name, value in defaults.items() if name.startswith("frame_gap")}
-        if gap == defaults:
-            raise
-        left = ", ".join(f"{name} {value}" for name, value in defaults.items() if name not in gap)
-        return arguments.open_sources(**gap), [
-            f"the quantizer was trained with {left}, which does not fit here: {error}"
-        ]
-
-
 def run_report(arguments: ReportArguments) -> int:
     """Measures, writes, and prints the verdict."""
     import torch
@@ -120,7 +81,7 @@ def run_report(arguments: ReportArguments) -> int:
     check_checkpoint(arguments.model, "lapa_quantizer")
     if Path(arguments.output).is_file():
         raise ValueError(f"`output` is a file: {arguments.output}.")
-    sources, notes = open_as_trained(arguments)
+    sources, notes = open_as_trained(arguments, read_training_settings(arguments.model))
     for note in notes:
         print(f"note: {note}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

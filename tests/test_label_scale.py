@@ -109,7 +109,7 @@ def test_array_jobs_share_a_folder(place, whole, tmp_path):
     manifest = LabelManifest.load(output)
     assert not manifest.complete and manifest.command and "--shard_index" not in manifest.command
     with pytest.raises(
-        ValueError, match=r"labels is not complete: 2 of 6 units are missing. To finish it: lapa label --m"
+        ValueError, match=r"labels is not complete: 2 of 6 units are missing. To finish it: lapa label --d"
     ):
         LabelFolder(output)
     assert run_label(arguments(place, output, "--shard_index", "1", "--num_shards", "3")) == 0

@@ -31,7 +31,7 @@ from lapa.data.labelled_stream import (
 )
 from lapa.data.stream_loader import StreamLoader
 from lapa.training import scripts
-from lapa.training.label_vision import cache_vision_codes
+from lapa.training.label_vision import cache_vision_codes, vision_code_folder
 
 CPU = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -224,6 +224,16 @@ def test_vision_codes_on_disk_are_those_of_the_column(place, processor, tmp_path
     cache_vision_codes(folder, tokenizer, processor.image_processor, cache, show_progress=False)
     again = [path.stat().st_mtime_ns for path in files]
     assert [a == b for a, b in zip(times, again)] == [True, False, True, True, True], "what is there is reused"
+    # A file of another number of rows is of other labels, or cut off.
+    np.save(files[2], np.load(files[2])[:-1])
+    files[3].write_bytes(files[3].read_bytes()[:-1])
+    cache_vision_codes(folder, tokenizer, processor.image_processor, cache, show_progress=False)
+    assert np.concatenate([np.load(path) for path in files]).tolist() == codes.tolist()
+    folders = {vision_code_folder(tmp_path, item, "0" * 64) for item in (folder, LabelFolder(place / "coded"))}
+    folder.rows = (folder.rows[0] - 1, *folder.rows[1:])
+    folders.add(vision_code_folder(tmp_path, folder, "0" * 64))
+    assert len(folders) == 2
+    folder = LabelFolder(place / "coded")
     rows = [LabelledRows([LabelSource(folder, vision=vision)], processor) for vision in (str(cache), "column")]
     for cached, stored in zip(*rows):
         assert cached["input_ids"].tolist() == stored["input_ids"].tolist()

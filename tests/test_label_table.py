@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from shared_files import shared_path
 from tiny_models import TINY_VISION_TOKENIZER, build
 
 from lapa import LapaForLatentAction, LapaVisionTokenizer, LapaVisionTokenizerConfig
-from lapa.data.label_table import LabelFolder, LabelManifest, label_schema, read_settings
+from lapa.data.label_table import LabelFolder, LabelManifest, LabelSettings, label_schema
 from lapa.data.rlds import RldsSource
 from lapa.training import label_script, scripts
 from lapa.training.label_vision import hash_vision_tokenizer, load_vision_tokenizer
@@ -114,7 +115,9 @@ def test_the_vision_tokenizer_may_come_from_either_folder(place):
 
 
 def test_provenance_is_in_every_file(bridge, place):
-    settings = read_settings(bridge / "data" / "labels-00000-of-00001.parquet")
+    metadata = pq.read_schema(bridge / "data" / "labels-00000-of-00001.parquet").metadata
+    values = json.loads(metadata[b"lapa"])
+    settings = LabelSettings.from_dict({item.name: values[item.name] for item in fields(LabelSettings)})
     manifest = LabelManifest.load(bridge)
     assert settings == manifest.settings and manifest.complete
     from lapa.training.label_latent_actions import hash_weights
@@ -169,6 +172,7 @@ def test_a_run_with_other_settings_is_refused(place, tmp_path, capsys):
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for more, named in (
         (["--frame_gap", "3"], "sources[0].frame_gap (3, not 2)"),
+        (["--frequency", "20"], "sources[0].options.frequency (20.0, not 10.0)"),
         (["--batch_size", "8"], "batch_size (8, not 64)"),
         (["--num_threads", "2"], "num_threads (2, not 1)"),
         (["--filters", "static"], "sources[0].filters (['StaticPairs(min_change=0.00392"),
@@ -334,3 +338,19 @@ def test_push(place, tmp_path, monkeypatch, capsys):
     assert 'load_dataset("me/labels"' in (tmp_path / "out" / "README.md").read_text()
     assert "https://huggingface.co/datasets/me/labels" in capsys.readouterr().out
     assert label_script.upload_labels(tmp_path / "out", "me/labels") == "https://huggingface.co/datasets/me/labels"
+
+
+@pytest.mark.parametrize("spelling", ["--shard_index 1 --num_shards 3", "--shard-index 1 --num-shards=3"])
+def test_the_command_that_finishes_the_folder(spelling, monkeypatch):
+    """All that was said, wherever and however it was, but which part of the work one process does."""
+    import shlex
+
+    from lapa.training.script_arguments import LabelArguments
+
+    line = f"--model q --data 'a b' --output=label --frame-gap 2 --action false {spelling} --on-error skip"
+    monkeypatch.setattr("sys.argv", ["lapa", "label", *shlex.split(line)])
+    (arguments,) = scripts.make_parser((LabelArguments,), "lapa label").parse_args_and_config(shlex.split(line))
+    command = label_script._command(arguments)
+    assert command == "lapa label --data 'a b' --frame_gap 2 --on_error skip --model q --output label --action False"
+    (again,) = scripts.make_parser((LabelArguments,), "lapa label").parse_args_and_config(shlex.split(command)[2:])
+    assert again == replace(arguments, shard_index=0, num_shards=1)

@@ -22,6 +22,7 @@ from lapa.data.open_source import (
     open_mixture,
     open_source,
     read_filters,
+    recorded_options,
     source_kind,
     source_options,
 )
@@ -48,6 +49,32 @@ def folders(tmp_path_factory):
         Image.fromarray(frame).save(root / "frames" / "clip" / f"img_{number:05d}.png")
     shutil.copytree(shared_path("data/bridge_rlds/1.0.0"), root / "rlds" / "1.0.0")
     return root
+
+
+def test_options_are_recorded_and_part_of_a_streams_state(folders):
+    """Whoever goes on with other options of the same files is told."""
+    from lapa.data.action_stream import ActionStepSource, ActionStepStream
+    from lapa.data.episode_range import EpisodeRange
+    from lapa.data.mixture import FramePairSource, FramePairStream
+
+    path = folders / "frames"
+    assert open_source(path).options == {} == open_source(path, frequency=None, cameras=["video"]).options
+    slow, fast = (open_source(path, frequency=frequency) for frequency in (5.0, 10.0))
+    assert (
+        slow.options
+        == {"frequency": 5.0}
+        == EpisodeRange(slow, 0, 1).options
+        == pickle.loads(pickle.dumps(slow)).options
+    )
+    assert slow.shards_hash == fast.shards_hash != EpisodeRange(open_source(folders / "rlds"), 0, 1).shards_hash
+    robot = recorded_options("rlds", {"action_keys": ("action",), "action_transform": np.zeros_like, "dataset": None})
+    assert robot == {"action_keys": ["action"], "action_transform": "numpy:zeros_like"}
+    assert recorded_options("rlds", {"action_transform": None}) == {"action_transform": None}
+    for stream, source in ((FramePairStream, FramePairSource), (ActionStepStream, ActionStepSource)):
+        state = stream([source(slow)]).state_dict()
+        stream([source(slow)]).load_state_dict(state)
+        with pytest.raises(ValueError, match="frequency"):
+            stream([source(fast)]).load_state_dict(state)
 
 
 CLASSES = {

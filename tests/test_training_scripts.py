@@ -173,6 +173,15 @@ def test_several_robots_in_one_run(chain, bridge, tmp_path):
     times = [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
     assert finetune(chain, str(mixture), output, "--eval_episodes", "2") == 0
     assert times == [path.stat().st_mtime_ns for path in sorted((output / "action_statistics").iterdir())]
+    # Other actions of the same files have statistics of their own.
+    entries[1] |= {"action_keys": ["observation/state"], "action_transform": None}
+    mixture.write_text(yaml.safe_dump(entries))
+    assert finetune(chain, str(mixture), output, "--eval_episodes", "2", "--gripper_dimension", "none") == 0
+    recounted = json.loads((output / "action_statistics" / "statistics.json").read_text())
+    assert recounted["sources"][1]["options"]["action_keys"] == ["observation/state"]
+    assert (
+        recounted["keys"]["two"] != statistics["keys"]["two"] and recounted["keys"]["one"] == statistics["keys"]["one"]
+    )
 
 
 def test_streamed_finetuning_resumes_exactly(chain, bridge, tmp_path):
@@ -354,6 +363,29 @@ def test_published_rows(tmp_path, capsys):
     arguments = ["--data", str(actions), "--model", str(policy), "--output_dir", str(tmp_path / "robot")]
     assert scripts.finetune([*arguments, *common]) == 0, capsys.readouterr().err
     assert list(LapaProcessor.from_pretrained(tmp_path / "robot").action_statistics) == ["actions"]
+    # Every name that such a file may have is taken by both, and rows that cannot be trained on are refused by both.
+    commands = {"pretrain": (data, end_to_end_folder("latent")), "finetune": (actions, policy)}
+    for command, (source, model) in commands.items():
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        for name, path in (("x.json.gz", tmp_path / "x.json"), ("x.jsonl.gz", source)):
+            (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+        for name in ("x.json", "x.json.gz", "x.jsonl.gz"):
+            arguments = [
+                "--data",
+                str(tmp_path / name),
+                "--model",
+                str(model),
+                "--output_dir",
+                str(tmp_path / command),
+            ]
+            assert getattr(scripts, command)([*arguments, *common]) == 0, (name, capsys.readouterr().err)
+        images = [{**row, "image": "a.jpg"} for row in rows]
+        for row in images:
+            del row["vision"]
+        (tmp_path / "x.json").write_text(json.dumps(images))
+        arguments[1] = str(tmp_path / "x.json")
+        assert "row 1: `vision` is missing" in error_of(capsys, getattr(scripts, command)([*arguments, *common]))
 
 
 def error_of(capsys, code):

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lapa.data.atomic_files import write_atomically
 from lapa.data.frame_pairs import FramePairCollator, FramePairDataset, Frames
 from lapa.data.label_table import LabelFolder
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer, LapaQuantizerEncoder
@@ -198,5 +197,4 @@ __all__ = [
     "label_episodes",
     "label_latent_actions",
     "read_labels",
-    "write_atomically",
 ]

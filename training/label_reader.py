@@ -17,13 +17,12 @@ from lapa.data.frame_pairs import PAIRS_PER_READ, open_pairs, resize_frame, seco
 from lapa.data.label_table import MAX_REASONS, LabelCounts, LabelUnit
 from lapa.data.mixture import FramePairSource
 from lapa.data.pair_filters import FrameSummary, dropped_by
-from lapa.data.read_counts import UNREADABLE
+from lapa.data.read_counts import NO_INSTRUCTION, UNREADABLE
 from lapa.data.schema import Episode, ReadError
 from lapa.processing.image_processing_lapa import LapaImageProcessor
 
 JPEG_START, EXIF_ORIENTATION = b"\xff\xd8", 0x0112
 # Reason to leave a pair out of published JSONL files, which cannot say that there is no instruction.
-NO_INSTRUCTION = "no_instruction"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The labelling itself: work units, the models, committing, and what is done when everything is there."""
 
-import hashlib
 import json
 import logging
 import platform
@@ -58,7 +57,6 @@ def package_versions() -> dict[str, str]:
 
 def source_settings(source: FramePairSource) -> SourceSettings:
     """What a folder records of a source."""
-    shards = json.dumps([[shard.name, shard.num_episodes] for shard in source.source.shards])
     row = source.source.dataset if isinstance(source.source, RldsSource) else None
     return SourceSettings(
         name=source.source.name,
@@ -68,8 +66,9 @@ def source_settings(source: FramePairSource) -> SourceSettings:
         filters=[repr(item) for item in source.filters],
         num_shards=len(source.source.shards),
         num_episodes=source.source.num_episodes,
-        shards_hash=hashlib.sha256(shards.encode()).hexdigest(),
+        shards_hash=source.source.shards_hash,
         licence=None if row is None else row.licence,
+        options=dict(source.source.options),
     )
 
 

@@ -1,10 +1,9 @@
 """What `lapa label` does."""
 
-import json
 import logging
 import os
 import shlex
-import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a run is started with again, without what says which part of it one process does.
-OWN_OPTIONS = ("--shard_index", "--num_shards")
+# Which part of the work one process does.
+OWN_OPTIONS = ("shard_index", "num_shards")
 
 
 def run_label(script_args: LabelArguments) -> None:
@@ -34,7 +33,7 @@ def run_label(script_args: LabelArguments) -> None:
     torch.set_num_threads(script_args.num_threads)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main = rank == 0
-    sources = open_label_sources(script_args, training_settings(script_args.model))
+    sources = open_label_sources(script_args)
     if is_main:
         for source in sources:
             for warning in source.source.warnings:
@@ -47,37 +46,18 @@ def run_label(script_args: LabelArguments) -> None:
     _finish(script_args, labeller, CardWriter(_name(script_args), script_args.license), is_main, bool(units))
 
 
-def training_settings(model: str) -> dict[str, Any]:
-    """What a quantizer was trained with, as far as it is recorded."""
-    from lapa.training.sources import SETTINGS_FILE
-
-    path = Path(model) / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    names = ("frame_gap", "frame_gap_seconds", "frequency", "camera")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
-
-
-def open_label_sources(script_args: LabelArguments, settings: dict[str, Any]) -> "tuple[FramePairSource, ...]":
+def open_label_sources(script_args: LabelArguments) -> "tuple[FramePairSource, ...]":
     """
-    Sources with what the quantizer was trained with where nothing else is said.
+    Sources with what the quantizer was trained with where nothing else is said; what does not fit them is a warning.
 
-    A camera or frequency that was recorded and that other data do not have is left out again, with a warning.
+    Raises:
+        ValueError: What cannot be opened, and two sources of one name.
     """
-    for dropped in ((), ("camera",), ("camera", "frequency")):
-        taken = {name: value for name, value in settings.items() if name not in dropped}
-        try:
-            sources = script_args.open_sources(**taken)
-        except ValueError:
-            if dropped == ("camera", "frequency") or not set(settings) & {"camera", "frequency"}:
-                raise
-            continue
-        for name in set(dropped) & set(settings):
-            logger.warning(
-                "the quantizer's `%s` (%s) does not fit %s: its own is used", name, settings[name], script_args.data
-            )
-        break
+    from lapa.training.trained_settings import open_as_trained, read_training_settings
+
+    sources, notes = open_as_trained(script_args, read_training_settings(script_args.model))
+    for note in notes:
+        logger.warning("%s", note)
     names = [source.source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"`data` names {', '.join(twice)} twice: rows could not be told apart.")
@@ -180,15 +160,13 @@ def _settings(
 
 
 def _command(script_args: LabelArguments) -> str:
-    """The command of this run for the whole of the work, from its own arguments where it was started by one."""
-    arguments = [name for name in sys.argv[1:] if name != "label"] if "--output" in sys.argv else []
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument.partition("=")[0] not in OWN_OPTIONS:
-            kept.append(argument)
-        skip = argument in OWN_OPTIONS
-    known = ["--model", script_args.model, "--data", script_args.data, "--output", script_args.output]
-    return f"lapa label {shlex.join(kept or known)}"
+    """The command of this run for the whole of the work, without what says which part of it one process does."""
+    parts = ["lapa", "label"]
+    for item in fields(script_args):
+        value = getattr(script_args, item.name)
+        if value != item.default and item.name not in OWN_OPTIONS:
+            parts += [f"--{item.name}", str(value)]
+    return shlex.join(parts)
 
 
 def _name(script_args: LabelArguments) -> str:
@@ -251,4 +229,4 @@ def upload_labels(folder: Path, repo_id: str, private: bool = False) -> str:
     return f"https://huggingface.co/datasets/{repo}"
 
 
-__all__ = ["make_labeller", "open_label_sources", "run_label", "training_settings", "upload_labels"]
+__all__ = ["make_labeller", "open_label_sources", "run_label", "upload_labels"]

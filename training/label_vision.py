@@ -113,6 +113,28 @@ def encode_levels(tokenizer: LapaVisionTokenizer, levels: torch.Tensor) -> torch
     return tokenizer.encode(pixels.to(parameter.dtype)).codes.flatten(1)
 
 
+def vision_code_folder(parent: Path, labels: LabelFolder, tokenizer_hash: str) -> Path:
+    """
+    Folder for the code files of labels: of another tokenizer, other settings, or other files it is another.
+
+    Args:
+        parent: Where such folders lie.
+        labels: What is encoded.
+        tokenizer_hash: As of `hash_vision_tokenizer`.
+    """
+    files = hashlib.sha256(json.dumps([labels.files, labels.rows]).encode()).hexdigest()
+    return parent / f"{tokenizer_hash[:16]}-{labels.manifest.settings.digest}-{files[:8]}"
+
+
+def _has_codes(path: Path, shape: tuple[int, int]) -> bool:
+    """Whether a code file is there and has a row of codes for every row of labels; only its header is read."""
+    try:
+        codes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return codes.shape == shape and codes.dtype.kind in "iu"
+
+
 def cache_vision_codes(
     labels: LabelFolder,
     tokenizer: LapaVisionTokenizer,
@@ -124,13 +146,14 @@ def cache_vision_codes(
     show_progress: bool = True,
 ) -> None:
     """
-    Computes the vision codes of a folder of labels, file by file, and keeps them on disk; what is there stays.
+    Computes the vision codes of a folder of labels, file by file, and keeps them on disk; what is there stays, unless it
+    has another number of rows or codes.
 
     Args:
         labels: With images.
         tokenizer: The policy's, on the device it should run on.
         image_processor: The processor's.
-        folder: For the code files; it must be used for nothing but these labels and this tokenizer.
+        folder: For the code files (`vision_code_folder`); used for nothing but these labels and this tokenizer.
         rank, world_size: Which of the files this process computes.
         batch_size: Images encoded at a time.
         show_progress: Whether a progress bar is shown.
@@ -141,7 +164,12 @@ def cache_vision_codes(
     if folder.is_dir():
         remove_stale(folder)
     mine = range(rank, len(labels.files), world_size)
-    missing = [number for number in mine if not code_file(folder, labels.files[number]).exists()]
+    num_tokens = tokenizer.config.num_image_tokens
+    missing = [
+        number
+        for number in mine
+        if not _has_codes(code_file(folder, labels.files[number]), (labels.rows[number], num_tokens))
+    ]
     total = sum(labels.rows[number] for number in missing)
     kind = np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32
     with (
@@ -149,7 +177,7 @@ def cache_vision_codes(
         ThreadPoolExecutor(DECODING_THREADS) as pool,
     ):
         for number in missing:
-            codes = np.zeros((labels.rows[number], tokenizer.config.num_image_tokens), dtype=kind)
+            codes = np.zeros((labels.rows[number], num_tokens), dtype=kind)
             row = 0
             for images in _batches(labels, number, batch_size):
                 levels = np.stack(list(pool.map(image_processor.resize_image, images)))
@@ -168,4 +196,10 @@ def _batches(labels: LabelFolder, number: int, batch_size: int) -> Iterator[list
             yield [decode_stored_image(row["bytes"], f"an image of {labels.files[number]}") for row in rows]
 
 
-__all__ = ["cache_vision_codes", "encode_levels", "hash_vision_tokenizer", "load_vision_tokenizer"]
+__all__ = [
+    "cache_vision_codes",
+    "encode_levels",
+    "hash_vision_tokenizer",
+    "load_vision_tokenizer",
+    "vision_code_folder",
+]

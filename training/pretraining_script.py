@@ -105,10 +105,10 @@ def _vision_of(
         logger.warning("%s has the codes of another vision tokenizer: its images are encoded anew", labels.path)
     if not script_args.cache_vision_codes:
         return "images"
-    from lapa.training.label_vision import cache_vision_codes
+    from lapa.training.label_vision import cache_vision_codes, vision_code_folder
 
     assert tokenizer_hash is not None
-    folder = Path(training_args.output_dir) / "vision_codes" / f"{tokenizer_hash[:16]}-{settings.digest}"
+    folder = vision_code_folder(Path(training_args.output_dir) / "vision_codes", labels, tokenizer_hash)
     rank, world_size = training_args.process_index, training_args.world_size
     tokenizer.to(training_args.device)
     cache_vision_codes(labels, tokenizer, processor.image_processor, folder, rank, world_size, show_progress=rank == 0)

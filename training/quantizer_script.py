@@ -111,8 +111,7 @@ def run_train_quantizer(script_args: QuantizerArguments, training_args: Any) -> 
     from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
     from lapa.training.pair_conditions import QuantizerCollator
     from lapa.training.quantizer_trainer import LapaQuantizerTrainer
-    from lapa.training.sources import SETTINGS_FILE
-    from lapa.training.stream_training import write_json
+    from lapa.training.trained_settings import training_settings
 
     check_output(training_args)
     check_evaluation(training_args, script_args.eval_episodes)
@@ -124,21 +123,33 @@ def run_train_quantizer(script_args: QuantizerArguments, training_args: Any) -> 
     _standardise_actions(model.config, stream, script_args.action_share)
     collator = QuantizerCollator(model.config, script_args.action_share)
     trainer = LapaQuantizerTrainer(model, training_args, stream, evaluation, data_collator=collator)
+    trainer.add_callback(_settings_writer(training_settings(script_args, stream)))
     run_training(trainer, training_args)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_json(Path(training_args.output_dir) / SETTINGS_FILE, _settings(script_args, stream), indent=2)
         print(f"{training_args.output_dir}: quantizer after {trainer.state.global_step} steps")
 
 
-def _settings(script_args: QuantizerArguments, stream: "FramePairStream") -> dict[str, Any]:
-    """What `lapa label` takes up where it is told nothing else, and all that the pairs depended on."""
-    names = ("frame_gap", "frame_gap_seconds", "frequency", "camera", "filters")
-    settings = {name: getattr(script_args, name) for name in names}
-    description = stream.description()
-    if len(stream.parts) == 1 and settings["camera"] is None:
-        settings["camera"] = description["sources"][0]["camera"]
-    return settings | {"data": script_args.data, "mixture": description}
+def _settings_writer(settings: dict[str, Any]) -> Any:
+    """
+    The callback that writes the settings once there is something to train on: one that is stopped leaves them, too, and one
+    that finds no pair leaves nothing.
+    """
+    from transformers import TrainerCallback
+
+    from lapa.training.stream_training import write_json
+    from lapa.training.trained_settings import SETTINGS_FILE
+
+    class SettingsWriter(TrainerCallback):
+        written = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and not self.written:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                write_json(Path(args.output_dir) / SETTINGS_FILE, settings, indent=2)
+            self.written = True
+
+    return SettingsWriter()
 
 
 __all__ = ["run_train_quantizer"]

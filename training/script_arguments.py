@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lapa.data.mixture import FramePairSource
+    from lapa.data.open_source import MixtureEntry
 
 
 def read_config(value: dict | str | None, config_class: Any, argument: str) -> dict[str, Any]:
@@ -79,27 +80,31 @@ class SourceArguments:
     )
     max_skipped: float = field(default=0.05, metadata={"help": "Share of episodes that may be skipped."})
 
-    def open_sources(self, **defaults: Any) -> "tuple[FramePairSource, ...]":
+    def open_sources(self) -> "tuple[FramePairSource, ...]":
         """
         The sources, with everything checked that can be without reading an episode.
-
-        Args:
-            defaults: Values of `camera`, `frame_gap`, `frame_gap_seconds` and `frequency` where these arguments say nothing.
 
         Raises:
             ValueError: As `lapa.data.open_source.open_mixture`.
         """
         from lapa.data.open_source import is_mixture, open_mixture, open_pair_source
 
-        names = ("kind", "split", "camera", "frame_gap", "frame_gap_seconds", "frequency", "filters")
-        options = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if {"frame_gap", "frame_gap_seconds"} & set(options):
-            # A gap that is given replaces one that was recorded, in whichever unit.
-            defaults = {name: value for name, value in defaults.items() if not name.startswith("frame_gap")}
-        options = {**{name: value for name, value in defaults.items() if value is not None}, **options}
         if is_mixture(self.data):
-            return open_mixture(self.data, **options)
-        return (open_pair_source(self.data, **options),)
+            return open_mixture(self.data, **self.source_options())
+        return (open_pair_source(self.data, **self.source_options()),)
+
+    def source_options(self) -> dict[str, Any]:
+        """Options of the sources that are given."""
+        names = ("kind", "split", "camera", "frame_gap", "frame_gap_seconds", "frequency", "filters")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def source_entries(self) -> "list[MixtureEntry]":
+        """The same sources, not opened yet."""
+        from lapa.data.open_source import MixtureEntry, is_mixture, mixture_entries
+
+        if is_mixture(self.data):
+            return mixture_entries(self.data, **self.source_options())
+        return [MixtureEntry("", {"path": self.data, **self.source_options()})]
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,5 @@
-"""What the training scripts read: episodes of an RLDS folder, published JSONL rows."""
+"""What the training scripts hold in memory: steps of a source, published JSONL rows."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,66 +12,7 @@ from lapa.data.action_stream import ActionStepPart
 from lapa.data.episode_source import SkippedEpisodes, read_or_skip
 from lapa.data.jsonl import read_rows
 from lapa.data.read_counts import UNREADABLE, ReadCounts
-from lapa.data.rlds import RldsFolder, read_rlds
 from lapa.data.schema import Episode, ReadError
-
-logger = logging.getLogger(__name__)
-
-# H of the paper at the 5 Hz of BridgeV2: 0.6 s.
-DEFAULT_FRAME_GAP = 3
-# Written beside a trained quantizer: what `lapa label` takes up where it is told nothing else.
-SETTINGS_FILE = "training_settings.json"
-
-
-@dataclass
-class EpisodeSource:
-    """
-    Episodes with one camera that all of them have.
-
-    Args:
-        name (`str`): Of the data set.
-        camera (`str`): Camera that is read.
-        episodes (`list[Episode]`): In the order of the files.
-        num_without_camera (`int`): Episodes left out because that camera recorded nothing.
-    """
-
-    name: str
-    camera: str
-    episodes: list[Episode]
-    num_without_camera: int = 0
-
-
-def load_rlds(
-    path: str, split: str = "train", camera: str | None = None, frequency: float | None = None
-) -> EpisodeSource:
-    """
-    Episodes of an RLDS folder.
-
-    Args:
-        path: Version folder.
-        split: Split to read.
-        camera: Camera to read; the folder's first one when None. Episodes where it recorded nothing are left out.
-        frequency: Control steps per second, which RLDS does not record.
-
-    Raises:
-        ValueError: No RLDS folder, an unknown split or camera, no episode left.
-    """
-    folder = RldsFolder(path)
-    if not folder.cameras:
-        raise ValueError(f"`data` ({path}) has no camera among its observations.")
-    camera = folder.cameras[0] if camera is None else camera
-    episodes = list(read_rlds(path, split, cameras=[camera], frequency=frequency))
-    kept = [episode for episode in episodes if camera in episode.frames]
-    if not kept:
-        raise ValueError(
-            f"`data` ({path}) has no episode in split {split!r} whose camera {camera!r} recorded anything."
-        )
-    if len(kept) < len(episodes):
-        logger.warning(
-            "left out %d of %d episodes: camera %r is blank", len(episodes) - len(kept), len(episodes), camera
-        )
-    name = str(folder.info.get("name") or Path(path).resolve().parent.name)
-    return EpisodeSource(name, camera, kept, len(episodes) - len(kept))
 
 
 def hold_out(items: Sequence[Any], count: int, what: str) -> tuple[list[Any], list[Any]]:
@@ -80,24 +20,6 @@ def hold_out(items: Sequence[Any], count: int, what: str) -> tuple[list[Any], li
     if not 0 <= count < len(items):
         raise ValueError(f"`eval_episodes` must lie in [0, {len(items) - 1}] for {len(items)} {what}, got {count}.")
     return list(items[: len(items) - count]), list(items[len(items) - count :])
-
-
-def frame_gap_of(episode: Episode, frame_gap: int | None, frame_gap_seconds: float | None) -> int:
-    """Gap in frames, from whichever of the two is given; both None is `DEFAULT_FRAME_GAP`."""
-    if frame_gap_seconds is None:
-        return DEFAULT_FRAME_GAP if frame_gap is None else frame_gap
-    if frame_gap is not None:
-        raise ValueError(
-            f"`frame_gap` ({frame_gap}) and `frame_gap_seconds` ({frame_gap_seconds}) exclude each other; give one."
-        )
-    if episode.timestamps is None:
-        raise ValueError(
-            "`frame_gap_seconds` needs to know the time between frames, which this source does not record: give its "
-            "`frequency`, or a `frame_gap` in frames."
-        )
-    if episode.num_steps < 2:
-        return 1
-    return max(1, round(frame_gap_seconds / float(np.median(np.diff(episode.timestamps)))))
 
 
 @dataclass
@@ -258,14 +180,9 @@ def jsonl_steps(path: str | Path, target: str) -> StepColumns:
 
 
 __all__ = [
-    "DEFAULT_FRAME_GAP",
-    "SETTINGS_FILE",
     "EpisodeFrames",
-    "EpisodeSource",
     "StepColumns",
     "action_steps",
-    "frame_gap_of",
     "hold_out",
     "jsonl_steps",
-    "load_rlds",
 ]
