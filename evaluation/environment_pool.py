@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import multiprocessing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -108,17 +109,19 @@ def _call(environment: EvaluationEnvironment, method: str, argument: Any) -> Any
     return environment.step(argument) if method == "step" else environment.expert_action()
 
 
-class _Group:
+class _Group(ABC):
+    """Environments that are asked together: what is asked of all of them first, then all answers."""
+
     slots: list[int]
 
-    def send(self, method: str, arguments: Mapping[int, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def send(self, method: str, arguments: Mapping[int, Any]) -> None: ...
 
-    def receive(self) -> dict[int, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def receive(self) -> dict[int, Any]: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 class _LocalGroup(_Group):
