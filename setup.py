@@ -75,7 +75,7 @@ setup(
     package_dir={"lapa": "lapa", **{f"lapa.{name}": name.replace(".", "/") for name in SUBPACKAGES}},
     package_data={
         "lapa": ["py.typed"],
-        "lapa.evaluation": ["templates/*", "assets/*/*", "suites/*.yaml"],
+        "lapa.evaluation": ["templates/*", "assets/*/*", "suites/*.yaml", "studies/*.yaml"],
         "lapa.training": ["recipes/*.yaml", "recipes/accelerate/*.yaml"],
         "lapa.hub_cards": ["templates/*"],
     },

@@ -170,21 +170,22 @@ def record_labelled(settings: DemoSettings, seed: int) -> Recording:
 
 def quantizer_config(settings: DemoSettings) -> LapaQuantizerConfig:
     """A tiny quantizer: one spatial and one temporal layer, decoding the change of the first frame."""
-    return LapaQuantizerConfig(
-        hidden_size=settings.quantizer_hidden_size,
-        codebook_dim=8,
-        codebook_size=settings.codebook_size,
-        num_latent_tokens=settings.num_latent_tokens,
-        image_size=settings.image_size,
-        patch_size=4,
-        num_spatial_layers=1,
-        num_temporal_layers=1,
-        num_attention_heads=3,
-        head_dim=16,
-        action_injection="additive",
-        residual_decoding=True,
-        interleave_latent_tokens=False,
-    )
+    fields = {
+        "hidden_size": settings.quantizer_hidden_size,
+        "codebook_dim": 8,
+        "codebook_size": settings.codebook_size,
+        "num_latent_tokens": settings.num_latent_tokens,
+        "image_size": settings.image_size,
+        "patch_size": 4,
+        "num_spatial_layers": 1,
+        "num_temporal_layers": 1,
+        "num_attention_heads": 3,
+        "head_dim": 16,
+        "action_injection": "additive",
+        "residual_decoding": True,
+        "interleave_latent_tokens": False,
+    }
+    return LapaQuantizerConfig(**fields | settings.quantizer_options)
 
 
 def schedule(steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:

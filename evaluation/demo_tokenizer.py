@@ -33,6 +33,12 @@ def simulator_phrases() -> list[str]:
     return phrases
 
 
+def simulator_words() -> list[str]:
+    """`simulator_phrases` with colours and shapes as pieces of their own: a pair that was never seen is read from them."""
+    pairs = {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
+    return [*COLOURS, *SHAPES, *(phrase for phrase in simulator_phrases() if phrase not in pairs)]
+
+
 def phrase_pieces(phrases: Sequence[str]) -> list[str]:
     """Every phrase and marker as a piece, with and without the space before it, longest first."""
     pieces = {phrase.replace(" ", SPACE) for phrase in (*phrases, *MARKERS)}

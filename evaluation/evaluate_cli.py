@@ -4,6 +4,7 @@
     lapa evaluate --suite tabletop-demo --policy outputs/demo/lapa --do-sample --output outputs/lapa
     lapa evaluate --suite tabletop --policy http://localhost:8000 --output outputs/remote   # OpenVLA's /act protocol
     lapa evaluate --compare outputs/lapa outputs/scratch --output outputs/comparison
+    lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays five methods
 
 Writes `report.json`, `report.md`, `report.html` and GIFs of the first episodes of every cell. Interrupted or killed, it goes on
 where it stopped when it is started again, with the same result.
@@ -36,7 +37,10 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which an environment hangs")
     parser.add_argument("--num-shown", type=int, default=2, help="episodes per cell kept as GIF")
     parser.add_argument("--no-baseline", action="store_true", help="do not play do_nothing on the same starts")
-    parser.add_argument("--list", action="store_true", help="name the suites and end")
+    parser.add_argument("--list", action="store_true", help="name the suites and studies and end")
+    from lapa.evaluation.study_cli import add_study_arguments
+
+    add_study_arguments(parser)
     return parser
 
 
@@ -47,9 +51,10 @@ def main(
     """Run with command-line arguments."""
     arguments = list(arguments or ())
     if "--list" in arguments:
+        from lapa.evaluation.study import study_names
         from lapa.evaluation.suites import suite_names
 
-        print("\n".join(suite_names()))
+        print("\n".join([*suite_names(), *(f"{name} (trains what it compares)" for name in study_names())]))
         return 0
     args = make_parser(parser_class).parse_args(arguments)
     if args.compare is not None:
@@ -58,6 +63,12 @@ def main(
         if args.suite or args.policy:
             raise ValueError("`compare` takes finished evaluations; `suite` and `policy` do not apply.")
         return write_comparison(args.compare, args.output)
+    from lapa.evaluation.study import is_study
+    from lapa.evaluation.study_cli import refuse_study_arguments, run_study
+
+    if args.suite and is_study(args.suite):
+        return run_study(args)
+    refuse_study_arguments(args)
     if not args.suite or not args.policy:
         missing = "suite" if not args.suite else "policy"
         raise ValueError(f"`{missing}` must be given (or `compare`).")

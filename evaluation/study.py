@@ -1,0 +1,257 @@
+"""A study: methods trained on the same data, steps and seeds, and played on the same starts. One YAML file each in `studies/`.
+
+A study trains what it compares; a suite (`suites.py`) plays what is there. `lapa evaluate --suite NAME` takes either.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lapa.evaluation.demo_settings import DemoSettings
+from lapa.evaluation.environments.tabletop_embodiments import EMBODIMENTS
+
+KEYS = {"title", "seeds", "settings", "columns", "methods", "points", "splits", "published", "quick", "claims"}
+REQUIRED = {"title", "seeds", "columns", "methods", "splits"}
+
+
+@dataclass(frozen=True)
+class StudySettings(DemoSettings):
+    """
+    Sizes and schedules of a study: the demo's, and what the other methods need.
+
+    Args:
+        rollouts_per_family: Reported episodes per family and split.
+        validation_rollouts: Episodes per family on which each policy's finetuning and temperature are chosen.
+        temperatures: Of sampling; candidates, the same for all methods.
+        finetuning_candidates: Steps and learning rate of the finetunings that are tried, the same for all methods. Which
+            one is played, and at which temperature, is chosen on the validation episodes.
+        inverse_dynamics_steps, video_model_steps: Optimizer steps of VPT's and UniPi's models.
+        video_model_finetuning_steps: Steps that UniPi's video model goes on with on the labelled episodes.
+        held_out_episodes: Labelled episodes per family on which token accuracy is measured; never trained on.
+    """
+
+    rollouts_per_family: int = 60
+    validation_rollouts: int = 20
+    temperatures: tuple[float, ...] = (0.5, 1.0)
+    finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
+    inverse_dynamics_steps: int = 1500
+    video_model_steps: int = 2500
+    video_model_finetuning_steps: int = 300
+    held_out_episodes: int = 20
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    How a policy comes about.
+
+    Args:
+        label: For readers.
+        targets: What stage 2 predicts: None (no stage 2), `"codes"`, `"pseudo_actions"`, `"actions"`, or `"frames"`: no
+            policy at all but a video model that draws what it would see.
+        quantizer_options: Fields of the quantizer's config that differ.
+        keep_latent_head: Whether finetuning goes on to predict codes beside actions.
+    """
+
+    label: str
+    targets: str | None
+    quantizer_options: Mapping[str, Any] = field(default_factory=dict)
+    keep_latent_head: bool = False
+
+
+METHODS = {
+    "scratch": Method("Scratch", None),
+    "unipi": Method("UniPi", "frames"),
+    "vpt": Method("VPT", "pseudo_actions"),
+    "lapa": Method("LAPA", "codes"),
+    "actionvla": Method("ActionVLA", "actions"),
+    "lapa-cross-attention": Method(
+        "LAPA, cross-attention injection", "codes", {"action_injection": "cross_attention"}
+    ),
+    "lapa-vq": Method("LAPA, plain VQ", "codes", {"quantizer": "vq"}),
+    "lapa-no-stop-gradient": Method("LAPA, first frame not detached", "codes", {"stop_gradient_first_frame": False}),
+    "lapa-keep-latent-head": Method("LAPA, latent head kept", "codes", keep_latent_head=True),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A setting of the table.
+
+    Args:
+        name: Such as `in-domain`.
+        video: Embodiment of the pretraining video.
+        labelled: Families of the labelled episodes; played are all of the study's.
+    """
+
+    name: str
+    video: str
+    labelled: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A point of a scaling curve: settings that differ, and where it lies.
+
+    Args:
+        series: Name of the curve.
+        value: Its place on the axis.
+        settings: Fields of [`StudySettings`] that differ.
+    """
+
+    series: str
+    value: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    What is trained, with which seeds, and what is played.
+
+    Args:
+        name: Of the file.
+        title: For readers.
+        settings: Sizes and schedules.
+        seeds: Training seeds; each has data, initialisation and training of its own.
+        columns: Settings of the table.
+        methods: Keys of `METHODS`.
+        splits: `seen`, `unseen`.
+        points: Of scaling curves; every method is trained at every point. Empty for a table.
+        published: Reference numbers in percent, `{method: {column: [seen, unseen]}}`, or free text.
+        claims: Pairs of methods; the report says for each whether the first is above the second with separated intervals.
+    """
+
+    name: str
+    title: str
+    settings: StudySettings
+    seeds: tuple[int, ...]
+    columns: tuple[Column, ...]
+    methods: tuple[str, ...]
+    splits: tuple[str, ...]
+    points: tuple[Point, ...] = ()
+    published: Mapping[str, Any] = field(default_factory=dict)
+    claims: tuple[tuple[str, str], ...] = ()
+
+    def at(self, point: Point | None) -> StudySettings:
+        """Settings at a point."""
+        return self.settings if point is None else _override(self.settings, point.settings, f"point {point.series}")
+
+
+def study_names() -> list[str]:
+    """Studies that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("studies").iterdir())
+
+
+def is_study(name: str) -> bool:
+    """Whether `--suite NAME` names a study: one of the package's, or a YAML file that has `methods`."""
+    import yaml
+
+    if name in study_names():
+        return True
+    if not name.endswith((".yaml", ".yml")) or not Path(name).is_file():
+        return False
+    try:
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return False  # the suite's loader says what is wrong
+    return isinstance(values, Mapping) and "methods" in values
+
+
+def load_study(name: str, quick: bool = False, **changes: Any) -> Study:
+    """
+    A study by its name, or from a YAML file of one's own.
+
+    Args:
+        name: Of the study.
+        quick: Take the small variant that the file describes under `quick`.
+        changes: `seeds` and `methods` that replace the file's, where not None.
+
+    Raises:
+        ValueError: A file that is no study; the key is named.
+    """
+    import yaml
+
+    path: Any = Path(name) if name.endswith((".yaml", ".yml")) else files(__package__) / "studies" / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, Mapping) or not REQUIRED <= set(values) <= KEYS:
+        raise ValueError(
+            f"{path} must be a mapping with {', '.join(sorted(REQUIRED))} and nothing but {', '.join(sorted(KEYS))}."
+        )
+    values = dict(values)
+    settings = _override(StudySettings(), values.pop("settings", None) or {}, f"{path}: `settings`")
+    if quick:
+        small = dict(values.get("quick") or {})
+        if not small:
+            raise ValueError(f"{path} has no `quick` variant.")
+        settings = _override(settings, small.pop("settings", {}), f"{path}: `quick.settings`")
+        values |= small
+    values |= {key: value for key, value in changes.items() if value is not None}
+    return Study(
+        name=Path(name).stem + ("-quick" if quick else ""),
+        title=str(values["title"]),
+        settings=settings,
+        seeds=_seeds(values["seeds"], path),
+        columns=tuple(_column(name, entry, settings, path) for name, entry in values["columns"].items()),
+        methods=_choices("methods", values["methods"], METHODS, path),
+        splits=_choices("splits", values["splits"], ("seen", "unseen"), path),
+        points=_points(values.get("points") or {}, path),
+        published=values.get("published") or {},
+        claims=tuple((str(first), str(second)) for first, second in values.get("claims") or ()),
+    )
+
+
+def _seeds(values: Any, path: Any) -> tuple[int, ...]:
+    seeds = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    if (
+        not seeds
+        or any(type(seed) is not int or not 0 <= seed < 100 for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ValueError(f"{path}: `seeds` must be different whole numbers in [0, 99], got {values!r}.")
+    return seeds
+
+
+def _choices(key: str, values: Any, known: Any, path: Any) -> tuple[str, ...]:
+    wanted = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    unknown = [value for value in wanted if value not in known]
+    if not wanted or unknown:
+        raise ValueError(f"{path}: `{key}` must be a list out of {', '.join(known)}, got {values!r}.")
+    return wanted
+
+
+def _column(name: str, entry: Any, settings: StudySettings, path: Any) -> Column:
+    if not isinstance(entry, Mapping) or set(entry) != {"video", "labelled"}:
+        raise ValueError(f"{path}: `columns.{name}` must have `video` and `labelled`, got {entry!r}.")
+    if entry["video"] not in EMBODIMENTS:
+        raise ValueError(
+            f"{path}: `columns.{name}.video` must be one of {', '.join(EMBODIMENTS)}, got {entry['video']!r}."
+        )
+    labelled = settings.families if entry["labelled"] == "all" else entry["labelled"]
+    return Column(str(name), entry["video"], _choices(f"columns.{name}.labelled", labelled, settings.families, path))
+
+
+def _points(values: Mapping[str, Any], path: Any) -> tuple[Point, ...]:
+    points = []
+    for series, entries in values.items():
+        for entry in entries:
+            if not isinstance(entry, Mapping) or set(entry) != {"value", "settings"}:
+                raise ValueError(f"{path}: entries of `points.{series}` must have `value` and `settings`.")
+            points.append(Point(str(series), float(entry["value"]), entry["settings"]))
+    return tuple(points)
+
+
+def _override(settings: StudySettings, values: Mapping[str, Any], where: str) -> StudySettings:
+    known = {entry.name: getattr(settings, entry.name) for entry in fields(settings)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    # YAML has lists where the settings have tuples.
+    return replace(settings, **{name: tuple(v) if isinstance(known[name], tuple) else v for name, v in values.items()})
+
+
+__all__ = ["METHODS", "Column", "Method", "Point", "Study", "StudySettings", "is_study", "load_study", "study_names"]

@@ -1,0 +1,223 @@
+"""The report of a study: JSON, Markdown, and one HTML page with plots and animations."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.study_plan import Plan
+from lapa.evaluation.study_table import study_report
+
+COLOURS = {"scratch": "#cc8844", "unipi": "#9966aa", "vpt": "#55a868", "lapa": "#3366aa", "actionvla": "#777777"}
+
+
+def interval(entry: Mapping[str, Any], name: str = "value", scale: float = 100, digits: int = 1) -> str:
+    """`20.0 [15.9, 24.9]`."""
+    low, high = entry["ci95"]
+    return f"{scale * entry[name]:.{digits}f} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+
+def table_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per method (and point), with a cell per column and split, and what was published for it."""
+    rows = []
+    points = dict.fromkeys(key.split("/")[2] for key in report["cells"] if key.count("/") == 3) or {"": None}
+    for method, label in report["methods"].items():
+        for point in points:
+            cells = []
+            for column in report["columns"]:
+                for number, split in enumerate(report["splits"]):
+                    name = "/".join(part for part in (method, column, point, split) if part)
+                    published = report["published"].get(method, {})
+                    value = published.get(column) if isinstance(published, Mapping) else None
+                    cells.append({"cell": report["cells"].get(name), "published": value[number] if value else None})
+            if any(entry["cell"] for entry in cells):
+                rows.append({"method": method, "label": label, "point": point, "cells": cells})
+    return rows
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown tables."""
+    heads = [f"{column}, {split}" for column in report["columns"] for split in report["splits"]]
+    single = len(report["seeds"]) == 1
+    how = "Wilson's over rollouts (one training)" if single else "Student's over training seeds"
+    lines = [
+        f"# {report['title']}",
+        "",
+        f"Success in %; brackets: 95% intervals, {how}. {len(report['seeds'])} training seed(s) "
+        f"({', '.join(map(str, report['seeds']))}), {report['rollouts_per_cell_and_seed']} rollouts per cell and seed "
+        f"({', '.join(report['families'])}), the same starts for all methods. {report['core_minutes']:.0f} minutes of one core.",
+        "",
+    ]
+    if not report["complete"]:
+        lines += [f"**Not complete**: {len(report['missing'])} trainings are not played yet.", ""]
+    lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in table_rows(report):
+        cells = [interval(entry["cell"]["over_seeds"]) if entry["cell"] else "" for entry in row["cells"]]
+        lines.append(f"| {row['label']} {row['point']} | " + " | ".join(cells) + " |")
+    for name, label in (("do_nothing", "do nothing"), ("expert", "scripted expert")):
+        if report[name]:
+            cells = [
+                f"{100 * report[name][split]['success']:.1f}" for _ in report["columns"] for split in report["splits"]
+            ]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += _published_lines(report, heads) + _claim_lines(report) + _family_lines(report) + _trend_lines(report)
+    return "\n".join([*lines, *_diagnosis_lines(report)]) + "\n"
+
+
+def _published_lines(report: Mapping[str, Any], heads: list[str]) -> list[str]:
+    rows = [row for row in table_rows(report) if any(entry["published"] is not None for entry in row["cells"])]
+    if not rows:
+        return [""] + [f"Published: {name}: {value}" for name, value in report["published"].items()]
+    lines = ["", "Published, of 7B models in Language Table; for orientation, not comparable with ours:", "",
+             "| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]  # fmt: skip
+    for row in rows:
+        cells = ["" if entry["published"] is None else f"{entry['published']:.1f}" for entry in row["cells"]]
+        lines.append(f"| {row['label']} (published) | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _claim_lines(report: Mapping[str, Any]) -> list[str]:
+    if not report["claims"]:
+        return []
+    lines = [
+        "",
+        "| claim | where | difference, points (paired over seeds) | over seeds | over rollouts |",
+        "|---|---|---|---|---|",
+    ]
+    for claim in report["claims"]:
+        where = ", ".join(part for part in (claim["column"], claim["point"], claim["split"]) if part)
+        seeds, rollouts = ("yes" if claim[key] else "no" for key in ("holds_over_seeds", "rollout_intervals_apart"))
+        lines.append(f"| {report['methods'][claim['first']]} > {report['methods'][claim['second']]} | {where} | "
+                     f"{interval(claim['difference'])} | {seeds} | {rollouts} |")  # fmt: skip
+    lines += ["", "Over seeds: the interval of the paired difference is above 0. Over rollouts: Wilson's intervals of all rollouts "
+              "do not touch, which says nothing about another training."]  # fmt: skip
+    return lines
+
+
+def _family_lines(report: Mapping[str, Any]) -> list[str]:
+    lines = ["", "By family, all seeds (Wilson over rollouts; ± is the published kind of standard error, over families):", "",
+             "| cell | " + " | ".join(report["families"]) + " | ± |", "|---" * (len(report["families"]) + 2) + "|"]  # fmt: skip
+    for name, cell in report["cells"].items():
+        error = cell["standard_error_over_tasks"]
+        values = [interval(family, "success") for family in cell["families"].values()]
+        lines.append(f"| {name} | " + " | ".join(values) + f" | {'' if error is None else f'{100 * error:.1f}'} |")
+    return lines
+
+
+def _trend_lines(report: Mapping[str, Any]) -> list[str]:
+    if not report["trends"]:
+        return []
+    lines = ["", "| series | method | where | success, % | points per doubling |", "|---|---|---|---|---|"]
+    for trend in report["trends"]:
+        points = ", ".join(f"{point['value']:g}: {100 * point['success']:.1f}" for point in trend["points"])
+        slope = "" if trend["per_doubling"] is None else interval(trend["per_doubling"])
+        lines.append(
+            f"| {trend['series']} | {trend['method']} | {trend['column']}, {trend['split']} | {points} | {slope} |"
+        )
+    return lines
+
+
+def _diagnosis_lines(report: Mapping[str, Any]) -> list[str]:
+    names = list(
+        dict.fromkeys(name for row in report["diagnosis"] for name in row if name not in ("method", "column", "point"))
+    )
+    if not names:
+        return []
+    lines = ["", "What each stage says of itself, mean over seeds, on data it was not trained on (stage 2: its own targets):", "",
+             "| method | where | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]  # fmt: skip
+    for row in report["diagnosis"]:
+        values = [f"{row[name]:.3g}" if name in row else "" for name in names]
+        lines.append(f"| {row['method']} | {row['column']} {row['point']} | " + " | ".join(values) + " |")
+    return lines
+
+
+def trend_plots(report: Mapping[str, Any]) -> list[Any]:
+    """One SVG per series: success over its values, a line per method and split, with Wilson intervals."""
+    from lapa.evaluation import report as page
+
+    plots = []
+    for series in dict.fromkeys(trend["series"] for trend in report["trends"]):
+        plt = page.pyplot()
+        figure, axes = plt.subplots(figsize=(3.6, 2.6))
+        for trend in (trend for trend in report["trends"] if trend["series"] == series):
+            values = [point["value"] for point in trend["points"]]
+            heights = [100 * point["success"] for point in trend["points"]]
+            errors = [
+                [100 * abs(point["success"] - point["ci95"][end]) for point in trend["points"]] for end in (0, 1)
+            ]
+            style = "-" if trend["split"] == "seen" else "--"
+            axes.errorbar(values, heights, yerr=errors, fmt=f"o{style}", ms=3, lw=1.2, capsize=2,
+                          color=COLOURS.get(trend["method"]), label=f"{trend['method']}, {trend['split']}")  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xlabel(series)
+        axes.set_ylabel("success, %")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=7)
+        plots.append(page.svg(figure))
+    return plots
+
+
+def table_plot(report: Mapping[str, Any]) -> Any:
+    """Bars of every method in every column, with the intervals over seeds, as SVG."""
+    from lapa.evaluation import report as page
+
+    plt = page.pyplot()
+    rows = table_rows(report)
+    heads = [f"{column}\n{split}" for column in report["columns"] for split in report["splits"]]
+    figure, axes = plt.subplots(figsize=(1.6 + 1.3 * len(heads), 2.8))
+    width = 0.8 / max(1, len(rows))
+    for index, row in enumerate(rows):
+        for place, entry in enumerate(row["cells"]):
+            if entry["cell"] is None:
+                continue
+            estimate = entry["cell"]["over_seeds"]
+            value, (low, high) = 100 * estimate["value"], (100 * end for end in estimate["ci95"])
+            axes.bar(place + (index - (len(rows) - 1) / 2) * width, value, width * 0.9,
+                     yerr=[[max(0, value - low)], [max(0, high - value)]], color=COLOURS.get(row["method"]),
+                     label=row["label"] if place == 0 else None, error_kw={"lw": 1})  # fmt: skip
+    axes.set_xticks(range(len(heads)), heads)
+    axes.set_ylabel("success, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    return page.svg(figure)
+
+
+def shown_rollouts(plan: Plan, stages: Path) -> list[dict[str, Any]]:
+    """The first episode of every cell of the first seed: whose, where, and the animation."""
+    from lapa.evaluation.report import data_uri
+
+    shown = []
+    for entry in plan.entries:
+        if entry.seed != plan.study.seeds[0] or entry.point is not None:
+            continue
+        for path in sorted((stages / entry.jobs["play"] / "evaluation" / "rollouts").glob("*-000.gif")):
+            cell = path.name.removesuffix("-000.gif")
+            gif = data_uri(path.read_bytes(), "image/gif")
+            shown.append({"method": entry.method, "column": entry.column, "cell": cell, "gif": gif})
+    return shown
+
+
+def write_study_report(plan: Plan, stages: Path, output: Path) -> dict[str, Any]:
+    """Writes `report.json`, `report.md` and `report.html`, and returns what the first holds."""
+    from lapa.evaluation import report as page
+
+    report = study_report(plan, stages)
+    text = markdown(report)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
+    write_atomically(output / "report.md", text.encode())
+    plots = trend_plots(report) if report["trends"] else [table_plot(report)] if report["cells"] else []
+    names = list(
+        dict.fromkeys(name for row in report["diagnosis"] for name in row if name not in ("method", "column", "point"))
+    )
+    html = page.render(
+        "study_report.html", report=report, rows=table_rows(report), plots=plots, diagnosis=names, interval=interval,
+        shown=shown_rollouts(plan, stages),
+    )  # fmt: skip
+    write_atomically(output / "report.html", html.encode())
+    return report
+
+
+__all__ = ["markdown", "write_study_report"]
