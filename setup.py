@@ -12,6 +12,7 @@ SUBPACKAGES = (
     "data",
     "training",
     "evaluation",
+    "evaluation.baselines",
     "evaluation.environments",
     "serving",
     "conversion",
