@@ -28,6 +28,7 @@ class StudySettings(DemoSettings):
         finetuning_candidates: Steps and learning rate of the finetunings that are tried, the same for all methods. Which
             one is played, and at which temperature, is chosen on the validation episodes.
         inverse_dynamics_steps, video_model_steps: Optimizer steps of VPT's and UniPi's models.
+        inverse_dynamics_sizes: Channels of the stages of the former.
         video_model_finetuning_steps: Steps that UniPi's video model goes on with on the labelled episodes.
         held_out_episodes: Labelled episodes per family on which token accuracy is measured; never trained on.
     """
@@ -36,7 +37,8 @@ class StudySettings(DemoSettings):
     validation_rollouts: int = 20
     temperatures: tuple[float, ...] = (0.5, 1.0)
     finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
-    inverse_dynamics_steps: int = 1500
+    inverse_dynamics_steps: int = 800
+    inverse_dynamics_sizes: tuple[int, ...] = (32, 64)
     video_model_steps: int = 2500
     video_model_finetuning_steps: int = 300
     held_out_episodes: int = 20

@@ -22,7 +22,7 @@ READS: dict[str, tuple[str, ...]] = {
     "image_tokens": (),
     "quantizer": QUANTIZER,
     "codes": ("frame_gap", "codebook_size"),
-    "inverse_dynamics": ("inverse_dynamics_steps",),
+    "inverse_dynamics": ("image_size", "inverse_dynamics_steps", "inverse_dynamics_sizes"),
     "pseudo_actions": (),
     "pretrain": (*TRUNK, "frame_gap", "pretraining_steps", "pretraining_batch_size", "pretraining_learning_rate"),
     "finetune": (*TRUNK, "frame_gap", "finetuning_batch_size"),
