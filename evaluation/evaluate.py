@@ -1,6 +1,5 @@
 """Plays a policy through a suite: resumable, crash-proof, the same result however often it was interrupted."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,12 @@ from tqdm.auto import tqdm
 from lapa.data.atomic_files import write_atomically
 from lapa.evaluation.environment_pool import CRASHED, HUNG, EnvironmentPool
 from lapa.evaluation.policies import NamedPolicy
-from lapa.evaluation.rollout import Rollout, roll_out
+from lapa.evaluation.rollout import Rollout, derived_seed, roll_out
 from lapa.evaluation.statistics import success_cell
 from lapa.evaluation.suites import Cell, Suite
 
 SETTINGS_FILE, ROLLOUTS_FILE = "evaluation.json", "rollouts.jsonl"
-FIELDS = ("family", "seed", "instruction", "success", "num_steps", "ending", "progress")
+FIELDS = ("family", "seed", "instruction", "success", "num_steps", "ending", "progress", "restarts")
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,9 @@ class EvaluationSettings:
 
     Args:
         rollouts (`int`, *optional*): Episodes per cell; the suite's own number when None.
-        num_environments (`int`): Played side by side. Together with the seed it fixes a sampling policy's draws.
-        num_processes (`int`): Processes of the environments; 0 plays them in this one, where a hang is not noticed.
+        num_environments (`int`): Played side by side, and committed together.
+        num_processes (`int`, *optional*): Processes of the environments; 0 plays them in this one, where a hang is not
+            noticed. What suits the environment when None, see `Suite.num_processes`.
         timeout (`float`): Seconds that a step may take before its environment counts as hung.
         seed (`int`): Of a sampling policy's draws.
         num_shown (`int`): Episodes per cell that are kept as GIF.
@@ -37,7 +37,7 @@ class EvaluationSettings:
 
     rollouts: int | None = None
     num_environments: int = 50
-    num_processes: int = 0
+    num_processes: int | None = None
     timeout: float = 60.0
     seed: int = 0
     num_shown: int = 2
@@ -98,11 +98,12 @@ class RolloutLog:
         """Keeps what was played."""
         rows = [{name: getattr(rollout, name) for name in FIELDS} for rollout in rollouts]
         line = json.dumps({"cell": cell.name, "start": start, "rollouts": rows}) + "\n"
+        # First, for the table of a run that is interrupted while it writes.
+        self._lines[cell.name, start] = json.loads(line)["rollouts"]
         with self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self._lines[cell.name, start] = json.loads(line)["rollouts"]
 
     def outcomes(self, suite: Suite) -> dict[str, list[dict[str, Any]]]:
         """Rollouts of each cell so far, in the order of their starts."""
@@ -155,7 +156,9 @@ class Evaluation:
         """Plays what is not played yet."""
         for cell, parts in self._missing():
             size = min(self.settings.num_environments, max(len(episodes) for _, episodes in parts))
-            pool = EnvironmentPool(self.suite.make(cell), size, self.settings.num_processes, self.settings.timeout)
+            asked = self.settings.num_processes
+            processes = self.suite.num_processes() if asked is None else asked
+            pool = EnvironmentPool(self.suite.make(cell), size, processes, self.settings.timeout)
             with (
                 pool,
                 tqdm(
@@ -183,8 +186,9 @@ class Evaluation:
 
     def _play(self, pool: EnvironmentPool, cell: Cell, start: int, episodes: list[tuple[str, int]]) -> None:
         # A resumed run must draw what an uninterrupted one draws: the seed belongs to the episodes.
-        seed = hashlib.sha256(f"{self.settings.seed}/{cell.name}/{start}".encode()).digest()[:4]
-        self.policy.reseed(int.from_bytes(seed))
+        self.policy.reseed(derived_seed(self.settings.seed, cell.name, start) % 2**32)
+        if self.policy.draws is not None:
+            self.policy.draws.reseed(derived_seed(self.settings.seed, cell.name))
         shown = [number for number in range(len(episodes)) if start + number < self.settings.num_shown]
         rollouts = roll_out(pool, self.policy.controller, episodes, shown, description=None)
         for number in shown:
@@ -207,8 +211,8 @@ class Evaluation:
 
         Returns:
             `suite`, `policy`, `complete`, and `cells` and `groups` with `{successes, rollouts, success, ci95}` each; cells
-            say how many environments `crashed` or `hung` (both count as not solved) and how often partial results were
-            reached.
+            say how many environments `crashed` or `hung` (both count as not solved), how many episodes had to begin again
+            (`restarted`), and how often partial results were reached.
         """
         outcomes = self.log.outcomes(self.suite)
         cells = {name: _cell(rows) for name, rows in outcomes.items() if rows}
@@ -236,6 +240,7 @@ def gif_name(cell: Cell, number: int) -> str:
 def _cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     cell = success_cell(row["success"] for row in rows)
     cell |= {kind: sum(row["ending"] == kind for row in rows) for kind in (CRASHED, HUNG)}
+    cell["restarted"] = sum(row.get("restarts", 0) > 0 for row in rows)
     reached = dict.fromkeys(name for row in rows for name in row["progress"])
     if reached:
         cell["progress"] = {name: success_cell(name in row["progress"] for row in rows) for name in sorted(reached)}

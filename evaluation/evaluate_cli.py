@@ -7,11 +7,14 @@
     lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays five methods
 
 Writes `report.json`, `report.md`, `report.html` and GIFs of the first episodes of every cell. Interrupted or killed, it goes on
-where it stopped when it is started again, with the same result.
+where it stopped when it is started again, with the same result; interrupted by Ctrl-C or SIGTERM, it prints the table so far.
 """
 
 import argparse
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,18 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     parser.add_argument("--replan-every", type=int, help="steps played of a predicted chunk; all of them by default")
     parser.add_argument("--device", help="of the model; a GPU if there is one")
     parser.add_argument("--num-environments", type=int, default=50, help="played side by side")
-    parser.add_argument("--num-processes", type=int, default=0, help="processes of the environments; 0 is this one")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which an environment hangs")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        help="processes of the environments, which a crash or hang of one does not reach; 0 plays them in this one. By "
+        "default what the suite says, or one per core where the environment may crash or hang",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        help="seconds after which an environment hangs (not noticed by 0 processes)",
+    )
     parser.add_argument("--num-shown", type=int, default=2, help="episodes per cell kept as GIF")
     parser.add_argument("--no-baseline", action="store_true", help="do not play do_nothing on the same starts")
     parser.add_argument("--list", action="store_true", help="name the suites and studies and end")
@@ -101,17 +114,41 @@ def _evaluate(args: argparse.Namespace) -> int:
         options: dict[str, Any] = {**vars(settings), "num_shown": 0}
         baseline = Evaluation(suite, still, args.output / DO_NOTHING, EvaluationSettings(**options))
     try:
-        evaluation.run()
-        if baseline is not None:
-            baseline.run()
-    except KeyboardInterrupt:
-        print_table(evaluation.report(), None)
-        print(f"interrupted; the same command goes on from {args.output}")
+        with _terminated_as_interrupted():
+            evaluation.run()
+            if baseline is not None:
+                baseline.run()
+    except KeyboardInterrupt as interrupt:
+        print_table(evaluation.report(), None if baseline is None else baseline.report())
+        print(f"interrupted; the same command goes on where it stopped, with what is in {args.output}", flush=True)
+        if isinstance(interrupt, Terminated):
+            return 128 + signal.SIGTERM
         raise
     report = write_report(evaluation, baseline)
     print_table(report, report.get(DO_NOTHING))
     print(args.output / "report.html")
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, as from a scheduler whose time is over."""
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raises `Terminated` on SIGTERM, where signals can be handled at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    earlier = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 __all__ = ["main", "make_parser"]

@@ -34,7 +34,7 @@ def print_table(report: Mapping[str, Any], baseline: Mapping[str, Any] | None) -
         for name, cell in report[kind].items():
             still = (baseline or {}).get(kind, {}).get(name)
             nothing = "" if still is None else f"{100 * still['success']:.1f}"
-            broken = "".join(f"  {cell[how]} {how}" for how in ("crashed", "hung") if cell[how])
+            broken = "".join(f"  {cell[how]} {how}" for how in ("crashed", "hung", "restarted") if cell[how])
             label = name if kind == "cells" else f"all of {name}"
             print(f"{label:32}{percent(cell):>28}{cell['rollouts']:>10}{nothing:>16}{broken}")
 
@@ -59,6 +59,12 @@ def markdown(report: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {label} | {percent(cell)} | {cell['rollouts']} | {nothing} | {cell['crashed']} | {cell['hung']} |"
             )
+    restarted = sum(cell["restarted"] for cell in report["cells"].values())
+    if restarted:
+        lines += [
+            "",
+            f"{restarted} episodes began again after another one had taken their simulator's process with it.",
+        ]
     if report["published"]:
         lines += [
             "",

@@ -10,6 +10,7 @@ from lapa.evaluation.rollout import (
     ChunkController,
     Controller,
     DoNothing,
+    EpisodeDraws,
     ExpertController,
     PolicyController,
     RandomActions,
@@ -28,12 +29,15 @@ class NamedPolicy:
         controller (`Controller`): Chooses the actions.
         identity (`Mapping`): What tells it from others, JSON-serialisable: hash of the weights, options.
         randomness (`callable`): Called with a seed before episodes that are played together.
+        draws (`EpisodeDraws`, *optional*): What the controller draws from, for a policy whose draws in an episode do not
+            depend on the others beside it.
     """
 
     name: str
     controller: Controller
     identity: Mapping[str, Any]
     randomness: Any
+    draws: EpisodeDraws | None = None
 
     def reseed(self, seed: int) -> None:
         """Makes the draws of the next episodes depend on `seed` alone."""
@@ -75,8 +79,9 @@ def open_policy(
             return NamedPolicy(name, ExpertController(), {"policy": name}, _no_draws)
         if name == DO_NOTHING:
             return NamedPolicy(name, PolicyController(DoNothing(action_dim)), {"policy": name}, _no_draws)
-        moves = RandomActions(action_dim)
-        return NamedPolicy(name, PolicyController(moves), {"policy": name}, moves.reseed)
+        draws = EpisodeDraws()
+        moves = PolicyController(RandomActions(action_dim), draws=draws)
+        return NamedPolicy(name, moves, {"policy": name}, _no_draws, draws)
     return _open_model(name, action_dim, unnorm_key, device, replan_every, generation)
 
 
@@ -117,9 +122,10 @@ def _open_model(
         )
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = policy.model.config
-    controller: Controller = PolicyController(policy, config.use_proprio)
+    draws = EpisodeDraws() if options.get("do_sample") else None
+    controller: Controller = PolicyController(policy, config.use_proprio, draws)
     if replan_every is not None or config.action_horizon > 1:
-        controller = ChunkController(ChunkPlayer(policy, replan_every), config.use_proprio)
+        controller = ChunkController(ChunkPlayer(policy, replan_every), config.use_proprio, draws)
     identity = {
         "policy": weights_hash(policy.model),
         "processor": hashlib.sha256(policy.processor.to_json_string().encode()).hexdigest(),
@@ -128,7 +134,7 @@ def _open_model(
         "replan_every": replan_every,
         "generation": options,
     }
-    return NamedPolicy(name, controller, identity, torch.manual_seed)
+    return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
 
 
 def weights_hash(model: Any) -> str:

@@ -1,6 +1,7 @@
 """Suites of evaluation: which environments, tasks and starts make up a table. Each is a YAML file in `suites/`."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -52,6 +53,8 @@ class Suite:
         first_seed (`int`): Starts of a cell are this seed and those that follow, the same for every policy.
         frequency (`float`): Control steps per second, for the speed of animations.
         published (`Mapping`, *optional*): Published numbers that stand beside the table, by column and row.
+        processes (`int`, *optional*): Processes that play the environments where the user says nothing. None is one per
+            core for environments that may crash or hang, and this process for others.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Suite:
     first_seed: int
     frequency: float = 10.0
     published: Mapping[str, Any] = field(default_factory=dict)
+    processes: int | None = None
 
     def make(self, cell: Cell) -> MakeEnvironment:
         """What makes the environment of a cell; picklable."""
@@ -76,9 +80,17 @@ class Suite:
         count = self.rollouts if rollouts is None else rollouts
         return [(cell.task, self.first_seed + offset + index) for index in range(count)]
 
+    def num_processes(self) -> int:
+        """Processes of the environments where the user says nothing; results do not depend on it."""
+        if self.processes is not None:
+            return self.processes
+        return (os.cpu_count() or 1) if _environment_class(self.environment).is_fragile else 0
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form: what a result depends on."""
-        return asdict(self)
+        values = asdict(self)
+        del values["processes"]
+        return values
 
 
 def _environment_class(name: str) -> Any:
@@ -116,7 +128,7 @@ def load_suite(name: str) -> Suite:
 
 
 def _suite(name: str, values: Any, where: str) -> Suite:
-    keys = {"environment", "options", "rollouts", "first_seed", "cells", "frequency", "published"}
+    keys = {"environment", "options", "rollouts", "first_seed", "cells", "frequency", "published", "processes"}
     required = {"environment", "rollouts", "first_seed", "cells"}
     if not isinstance(values, Mapping) or not required <= set(values) <= keys:
         raise ValueError(
@@ -129,6 +141,9 @@ def _suite(name: str, values: Any, where: str) -> Suite:
     for key, least in (("rollouts", 1), ("first_seed", 0)):
         if type(values[key]) is not int or values[key] < least:
             raise ValueError(f"{where}: `{key}` must be a whole number from {least}, got {values[key]!r}.")
+    processes = values.get("processes")
+    if processes is not None and (type(processes) is not int or processes < 0):
+        raise ValueError(f"{where}: `processes` must be a whole number from 0, got {processes!r}.")
     cells: list[Cell] = []
     groups = values["cells"]
     if not isinstance(groups, Mapping) or not groups:
@@ -147,6 +162,7 @@ def _suite(name: str, values: Any, where: str) -> Suite:
         values["first_seed"],
         float(values.get("frequency", 10.0)),
         values.get("published") or {},
+        processes,
     )
 
 

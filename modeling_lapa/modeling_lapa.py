@@ -196,6 +196,8 @@ class LapaForTokenPrediction(LapaPreTrainedModel, LapaGenerationMixin):
         processors = LogitsProcessorList([SegmentLogitsProcessor(start, end)])
         if num_bins is not None:
             processors.append(ActionBinsLogitsProcessor(num_bins, start, prompt_length))
+        # After the segment's own: they see its scores alone.
+        processors.extend(inputs.pop("logits_processor", ()))
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, **inputs}
         if not options["do_sample"]:
             # Silences warnings about sampling settings that a saved generation config may carry.

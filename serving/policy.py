@@ -9,6 +9,7 @@ import torch
 
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction
 from lapa.processing.processing_lapa import LapaProcessor
+from lapa.serving.row_sampling import RowSamplingLogitsProcessor
 
 
 class Policy(Protocol):
@@ -59,9 +60,19 @@ class LapaPolicy:
 
     @torch.inference_mode()
     def act_chunk(
-        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
+        draws: Sequence[np.random.Generator] | None = None,
     ) -> np.ndarray:
-        """All steps of a prediction, (batch, action_horizon, action_dim) float32; arguments as in [`Policy`]."""
+        """All steps of a prediction, (batch, action_horizon, action_dim) float32.
+
+        Args:
+            images, instructions, proprio: See [`Policy`].
+            draws: For a policy that samples, a generator per robot: what a robot draws is independent of the others in
+                the batch. torch's generator, which serves all rows together, when None.
+        """
         inputs = self.processor(
             images=list(images),
             instruction=list(instructions),
@@ -71,15 +82,26 @@ class LapaPolicy:
             proprio=proprio,
             return_tensors="pt",
         ).to(self.model.device)
-        tokens = self.model.predict_action_tokens(**inputs, **self.generation)
+        tokens = self.model.predict_action_tokens(**inputs, **self._generation(draws))
         actions = self.processor.decode_actions(tokens.cpu().numpy(), unnorm_key=self.unnorm_key)
         return np.asarray(actions, dtype=np.float32).reshape(len(actions), self.action_horizon, -1)
 
+    def _generation(self, draws: Sequence[np.random.Generator] | None) -> dict[str, Any]:
+        if draws is None or not self.generation.get("do_sample"):
+            return self.generation
+        segment, defaults = self.model.config.segment("action"), self.model.generation_config
+        rows = RowSamplingLogitsProcessor.from_generation(draws, segment, self.generation, defaults)
+        return {"logits_processor": [rows]}
+
     def act(
-        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
+        draws: Sequence[np.random.Generator] | None = None,
     ) -> np.ndarray:
-        """See [`Policy`]; the first step of every prediction."""
-        return self.act_chunk(images, instructions, proprio)[:, 0]
+        """See [`Policy`] and `act_chunk`; the first step of every prediction."""
+        return self.act_chunk(images, instructions, proprio, draws)[:, 0]
 
 
 class ChunkPlayer:
@@ -124,20 +146,24 @@ class ChunkPlayer:
         instructions: Sequence[str],
         proprio: Sequence[np.ndarray] | None = None,
         robots: Sequence[Hashable] | None = None,
+        draws: Sequence[np.random.Generator] | None = None,
     ) -> np.ndarray:
         """Actions (batch, action_dim), see [`Policy`].
 
         Args:
             images, instructions, proprio: See [`Policy`].
             robots: A name for each robot, by which its chunk is remembered; its place in the batch when None.
+            draws: See [`LapaPolicy.act_chunk`].
         """
         names: list[Hashable] = list(range(len(images))) if robots is None else list(robots)
         idle = [row for row, name in enumerate(names) if not self._queues.get(name)]
         if idle:
+            more = {} if draws is None else {"draws": [draws[row] for row in idle]}
             chunks = self.policy.act_chunk(
                 [images[row] for row in idle],
                 [instructions[row] for row in idle],
                 None if proprio is None else [proprio[row] for row in idle],
+                **more,
             )
             for row, chunk in zip(idle, chunks):
                 self._queues[names[row]] = deque(chunk[: self.replan_every])

@@ -56,21 +56,31 @@ def test_the_report_has_cells_with_intervals_and_the_baseline(suite, tmp_path, c
     assert "seen/reach" in capsys.readouterr().out
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_result(suite, tmp_path):
+def start_and_wait_for(lines, suite, output, *options):
+    """A run in a process group of its own, when its log has so many lines."""
+    command = [sys.executable, "-m", "lapa.cli", "evaluate", "--suite", suite, "--policy", "random", "--output"]
+    process = subprocess.Popen(
+        [*command, str(output), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log, deadline = output / "rollouts.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.001)
+    return process
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(processes, suite, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ["--num-environments", "2", "--no-baseline"]
     assert evaluate(suite, "random", whole, *options) == 0
-    command = [sys.executable, "-m", "lapa.cli", "evaluate", "--suite", suite, "--policy", "random", "--output"]
+    options += ["--num-processes", processes]
     log = killed / "rollouts.jsonl"
-    for lines in (1, 4):
-        process = subprocess.Popen([*command, str(killed), *options], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.001)
+    for lines in (1, 4) if processes == "0" else (3,):
+        process = start_and_wait_for(lines, suite, killed, *options)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert log.read_bytes().count(b"\n") < 9
     # As a kill in the middle of a write leaves it.
     with log.open("ab") as file:
@@ -79,6 +89,53 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(suite, tmp_path):
     assert log.read_bytes() == (whole / "rollouts.jsonl").read_bytes()
     for name in ("report.json", "report.md"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "code"), [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)]
+)
+def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, code, suite, tmp_path, capsys):
+    options = ["--num-environments", "2", "--no-baseline", "--num-processes", processes]
+    output = tmp_path / "out"
+    process = start_and_wait_for(2, suite, output, *options)
+    # Ctrl-C reaches every process of the terminal, a scheduler's signal often the first one alone.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    rows = sum(len(json.loads(line)["rollouts"]) for line in (output / "rollouts.jsonl").read_text().splitlines())
+    table = dict(re.findall(r"^(\S+/\S+) .*?\] +(\d+)", printed, re.M))
+    # A group of episodes may be counted whose line was just being written.
+    assert 4 <= rows <= sum(map(int, table.values())) <= rows + 2 and rows < 18
+    assert f"the same command goes on where it stopped, with what is in {output}" in printed
+    assert "Traceback" not in errors and not (output / "report.json").exists()
+    assert evaluate(suite, "random", output, *options) == 0
+    assert evaluate(suite, "random", tmp_path / "whole", *options[:3]) == 0
+    assert (output / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+
+
+def test_the_number_of_processes_suits_the_environment(suite, tmp_path):
+    text = SUITE.replace("rollouts: 6", "rollouts: 6\nprocesses: 3")
+    (tmp_path / "three.yaml").write_text(text)
+    for name, expected in (
+        ("tabletop", 0), ("metaworld-mt10", os.cpu_count()), (str(tmp_path / "three.yaml"), 3), (suite, 0)
+    ):  # fmt: skip
+        assert load_suite(name).num_processes() == expected
+    # Results do not depend on it, so neither does what a folder belongs to.
+    three, none = load_suite(str(tmp_path / "three.yaml")).to_dict(), load_suite(suite).to_dict()
+    assert {**three, "name": "small"} == none
+
+
+def test_an_environment_that_crashes_is_in_the_report(suite, tmp_path, monkeypatch):
+    from lapa.evaluation import suites
+
+    monkeypatch.setitem(suites.ENVIRONMENTS, "tabletop", ("fragile_environment", "Fragile"))
+    monkeypatch.setattr(
+        suites.Suite, "episodes", lambda self, cell, rollouts=None: [(cell.task, seed) for seed in range(6)]
+    )
+    assert evaluate(suite, "expert", tmp_path / "out", "--num-processes", "1", "--no-baseline") == 0
+    cell = json.loads((tmp_path / "out" / "report.json").read_text())["cells"]["seen/reach"]
+    assert (cell["successes"], cell["rollouts"], cell["crashed"], cell["hung"], cell["restarted"]) == (4, 6, 2, 0, 0)
+    assert "| seen/reach | 66.7 [30.0, 90.3] | 6 |  | 2 | 0 |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_another_run_is_refused_the_folder(suite, tmp_path, capsys):
@@ -126,6 +183,7 @@ def test_suites_load_and_their_starts_do_not_depend_on_the_table():
         (("rollouts: 6", "rollouts: 0"), "`rollouts` must be a whole number from 1"),
         (("tasks: [reach],", ""), "must have a list of `tasks`"),
         (("first_seed: 7000", "seed: 1"), "must be a mapping with"),
+        (("first_seed: 7000", "first_seed: 7000\nprocesses: -1"), "`processes` must be a whole number from 0, got -1"),
     ],
 )
 def test_a_suite_file_that_is_wrong_is_named(change, message, tmp_path):

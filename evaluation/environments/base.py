@@ -41,9 +41,12 @@ class EvaluationEnvironment(ABC):
 
     Attributes:
         action_dim (`int`): Length of an action.
+        is_fragile (`bool`): Whether it may hang or take its process with it, as a simulator with native code may. Unless a
+            suite or the user says otherwise, such an environment is played in processes of its own.
     """
 
     action_dim: int
+    is_fragile: bool = True
 
     @abstractmethod
     def start(self, task: str, seed: int) -> Observation:

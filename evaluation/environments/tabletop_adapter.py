@@ -18,6 +18,7 @@ class TabletopEvaluation(EvaluationEnvironment):
     """
 
     action_dim = 2
+    is_fragile = False
 
     def __init__(self, **options: Any) -> None:
         self.environment = TabletopEnvironment(**options)
