@@ -109,7 +109,7 @@ class Results:
         """For every pair of methods that the study names, column by column: the difference and whether intervals part."""
         found = []
         for first, second in self.study.claims:
-            for _, column, point in dict.fromkeys((key[0] == first, *key[1:]) for key in self.outcomes):
+            for column, point in dict.fromkeys(key[1:] for key in self.outcomes):
                 ours, theirs = (first, column, point), (second, column, point)
                 for split in self.study.splits:
                     found += self._claim(ours, theirs, split)

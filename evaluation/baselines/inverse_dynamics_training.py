@@ -17,7 +17,6 @@ from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
 
 
-
 @dataclass(frozen=True)
 class InverseDynamicsSettings:
     """

@@ -1,0 +1,233 @@
+"""Studies: what is shared between trainings, what a report says, and that a failure costs only what depends on it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
+from lapa.evaluation.study_plan import READS, Plan
+from lapa.evaluation.study_report import markdown, table_rows
+from lapa.evaluation.study_runner import DONE, Runner, locked
+from lapa.evaluation.study_table import Results, study_report, trends
+
+TINY = {
+    "families": ["reach", "separate"],
+    "thresholds": {"separate": 0.14},
+    "video_episodes": {"reach": 3, "separate": 2},
+    "labelled_episodes_per_family": 2,
+    "held_out_episodes": 1,
+    "quantizer_steps": 2,
+    "pretraining_steps": 2,
+    "inverse_dynamics_steps": 2,
+    "finetuning_candidates": [[2, 1e-3]],
+    "temperatures": [1.0],
+    "validation_rollouts": 1,
+    "rollouts_per_family": 2,
+}
+STUDY = {
+    "title": "tiny",
+    "seeds": [1],
+    "settings": TINY,
+    "columns": {"in-domain": {"video": "arm", "labelled": "all"}},
+    "methods": ["scratch", "lapa"],
+    "splits": ["seen"],
+}
+
+
+def write(folder, **changes):
+    """A study file."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes), encoding="utf-8")
+    return str(path)
+
+
+def jobs_of(plan, method, column="in-domain"):
+    """Jobs of the first training of a method."""
+    return next(entry.jobs for entry in plan.entries if (entry.method, entry.column) == (method, column))
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_of_the_package_loads_and_plans(name):
+    plan = Plan(load_study(name))
+    assert plan.entries
+    for job in plan.jobs.values():
+        assert set(job.inputs.values()) <= set(plan.jobs)
+
+
+def test_a_quick_variant_is_smaller_and_has_a_name_of_its_own():
+    full, quick = load_study("tabletop-table1"), load_study("tabletop-table1", quick=True)
+    assert quick.name == "tabletop-table1-quick"
+    assert quick.settings.pretraining_steps < full.settings.pretraining_steps
+    assert len(quick.seeds) < len(full.seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, "`seeds`"),
+        ({"methods": ["laqa"]}, "`methods` must be a list out of scratch"),
+        ({"splits": ["new"]}, "`splits`"),
+        ({"settings": {"stepz": 1}}, "unknown fields stepz"),
+        ({"columns": {"a": {"video": "robot", "labelled": "all"}}}, "columns.a.video"),
+        ({"columns": {"a": {"video": "arm", "labelled": ["reach", "fly"]}}}, "columns.a.labelled"),
+        ({"surprise": 1}, "nothing but"),
+    ],
+)
+def test_a_wrong_study_is_refused_with_the_key(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(write(tmp_path, **changes))
+
+
+def test_a_suite_is_no_study(tmp_path):
+    assert is_study("tabletop-table1")
+    assert is_study(write(tmp_path))
+    assert not is_study("tabletop")
+    assert not is_study("nothing.yaml")
+
+
+def test_trainings_share_what_does_not_differ():
+    plan = Plan(load_study("tabletop-table1", seeds=[1]))
+    in_domain, cross_task, cross_environment = (
+        {method: jobs_of(plan, method, column) for method in ("scratch", "vpt", "lapa", "actionvla")}
+        for column in ("in-domain", "cross-task", "cross-environment")
+    )
+    # From scratch there is no video that could differ.
+    assert in_domain["scratch"]["play"] == cross_environment["scratch"]["play"]
+    assert in_domain["scratch"]["play"] != cross_task["scratch"]["play"]
+    # Labels come after stage 2 for LAPA and ActionVLA, before it for VPT, whose labeller is trained on them.
+    for method in ("lapa", "actionvla"):
+        assert in_domain[method]["pretrain"] == cross_task[method]["pretrain"]
+        assert in_domain[method]["pretrain"] != cross_environment[method]["pretrain"]
+    assert in_domain["vpt"]["pretrain"] != cross_task["vpt"]["pretrain"]
+    # All see the same recordings.
+    assert in_domain["vpt"]["video"] == in_domain["lapa"]["video"] == in_domain["actionvla"]["video"]
+    assert in_domain["vpt"]["labelled"] == in_domain["scratch"]["labelled"]
+
+
+def test_a_setting_changes_only_the_jobs_that_read_it():
+    study = load_study("tabletop-table1", seeds=[1], methods=["lapa"])
+    changed = replace(study, settings=replace(study.settings, pretraining_steps=7))
+    before, after = jobs_of(Plan(study), "lapa"), jobs_of(Plan(changed), "lapa")
+    assert {role for role in before if before[role] != after[role]} >= {"pretrain", "choose", "play"}
+    for role in ("video", "labelled", "quantizer", "targets", "image_tokens"):
+        assert before[role] == after[role]
+
+
+def test_every_setting_that_a_job_reads_exists():
+    names = set(StudySettings.__dataclass_fields__)
+    assert {name for read in READS.values() for name in read} <= names
+
+
+def test_a_seed_changes_everything_but_the_held_out_episodes():
+    plan = Plan(load_study("tabletop-table1", seeds=[1, 2], methods=["lapa"]))
+    first, second = (next(e.jobs for e in plan.entries if e.seed == seed) for seed in (1, 2))
+    assert {role for role in first if first[role] == second[role]} == {"held_out"}
+
+
+def fake_play(stages, key, outcomes):
+    """What a finished evaluation leaves; outcomes by cell."""
+    folder = stages / key / "evaluation"
+    folder.mkdir(parents=True)
+    cells = [dict(zip(("group", "task"), name.split("/"))) for name in outcomes]
+    rollouts = len(next(iter(outcomes.values())))
+    settings = {"suite": {"name": "study", "cells": cells}, "played": {"rollouts": rollouts}}
+    (folder / "evaluation.json").write_text(json.dumps(settings), encoding="utf-8")
+    lines = [
+        json.dumps(
+            {"cell": cell, "start": 0, "rollouts": [{"success": bool(v), "seed": i} for i, v in enumerate(values)]}
+        )
+        for cell, values in outcomes.items()
+    ]
+    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (stages / key / DONE).write_text(json.dumps({"result": {"cells": {}}, "seconds": 60.0}), encoding="utf-8")
+
+
+def test_the_report_has_the_numbers_of_the_rollouts(tmp_path):
+    study = load_study(write(tmp_path, seeds=[1, 2], claims=[["lapa", "scratch"]]))
+    plan, stages = Plan(study), tmp_path / "stages"
+    won, lost, half = [1] * 10, [0] * 10, [1] * 5 + [0] * 5
+    for entry in plan.entries:
+        reach = {"lapa": won, "scratch": lost}[entry.method] if entry.seed == 1 else half
+        fake_play(stages, entry.jobs["play"], {"seen/reach": reach, "seen/separate": lost})
+    report = study_report(plan, stages)
+    lapa, scratch = report["cells"]["lapa/in-domain/seen"], report["cells"]["scratch/in-domain/seen"]
+    assert (lapa["successes"], lapa["rollouts"], lapa["by_seed"]) == (15, 40, [0.5, 0.25])
+    assert (scratch["successes"], scratch["by_seed"]) == (5, [0.0, 0.25])
+    assert lapa["families"]["reach"]["successes"] == 15
+    assert lapa["standard_error_over_tasks"] == pytest.approx(0.375)  # of 0.75 and 0
+    (claim,) = report["claims"]
+    assert claim["difference"]["value"] == pytest.approx(0.25)
+    assert not claim["holds_over_seeds"]  # 0.5 and 0
+    assert report["complete"]
+    text = markdown(report)
+    assert "| LAPA  | 37.5 [" in text
+    assert "LAPA > Scratch" in text
+
+
+def test_what_is_not_played_yet_is_named(tmp_path):
+    study = load_study(write(tmp_path))
+    plan, stages = Plan(study), tmp_path / "stages"
+    fake_play(stages, jobs_of(plan, "lapa")["play"], {"seen/reach": [1, 1], "seen/separate": [0, 0]})
+    report = study_report(plan, stages)
+    assert not report["complete"]
+    assert report["missing"] == ["scratch in-domain seed 1"]
+    assert [row["method"] for row in table_rows(report)] == ["lapa"]
+    assert "Not complete" in markdown(report)
+
+
+def test_trends_are_per_doubling(tmp_path):
+    points = {"labels": [{"value": v, "settings": {"labelled_episodes_per_family": v}} for v in (2, 4, 8)]}
+    plan, stages = Plan(load_study(write(tmp_path, methods=["lapa"], points=points))), tmp_path / "stages"
+    for entry in plan.entries:
+        solved = {2: 2, 4: 4, 8: 6}[int(entry.point.value)]
+        rows = [1] * solved + [0] * (10 - solved)
+        fake_play(stages, entry.jobs["play"], {"seen/reach": rows, "seen/separate": rows})
+    (trend,) = trends(Results(plan, stages))
+    assert [point["success"] for point in trend["points"]] == [0.2, 0.4, 0.6]
+    assert trend["per_doubling"]["value"] == pytest.approx(0.2)
+
+
+def test_published_numbers_stand_beside_ours(tmp_path):
+    published = {"lapa": {"in-domain": [62.0]}}
+    plan, stages = Plan(load_study(write(tmp_path, published=published))), tmp_path / "stages"
+    for entry in plan.entries:
+        fake_play(stages, entry.jobs["play"], {"seen/reach": [1], "seen/separate": [0]})
+    report = study_report(plan, stages)
+    assert "| LAPA (published) | 62.0 |" in markdown(report)
+    assert "62.0" not in json.dumps(report["cells"])
+
+
+def test_two_runs_do_not_share_a_folder_at_a_time(tmp_path):
+    with locked(tmp_path / "stages"), pytest.raises(ValueError, match="in use by another run"):
+        with locked(tmp_path / "stages"):
+            pass
+
+
+def test_a_failure_costs_what_depends_on_it(tmp_path):
+    """A real run, tiny: the quantizer cannot be made, Scratch is trained, played and reported all the same."""
+    settings = TINY | {"quantizer_options": {"action_injection": "by post"}}
+    plan, stages = Plan(load_study(write(tmp_path, settings=settings))), tmp_path / "stages"
+    runner = Runner(plan, stages, 1)
+    runner.run()
+    (failed,) = runner.failed
+    assert failed.startswith("quantizer")
+    assert "action_injection" in next(stages.glob("quantizer-*/error.txt")).read_text(encoding="utf-8")
+    report = study_report(plan, stages)
+    assert set(report["cells"]) == {"scratch/in-domain/seen"}
+    assert report["cells"]["scratch/in-domain/seen"]["rollouts"] == 4
+    assert report["missing"] == ["lapa in-domain seed 1"]
+    assert report["expert"]["seen"]["success"] == 1.0
+    assert report["do_nothing"]["seen"]["success"] == 0.0
+    assert not list(stages.glob("**/checkpoint-*"))
+    # What is there is not done again, and what failed is tried again.
+    again = Runner(plan, stages, 1)
+    assert {job.kind for job in plan.jobs.values() if not again.finished(job)} == {
+        "quantizer", "codes", "pretrain", "finetune", "choose", "play",
+    }  # fmt: skip
+
+
+def test_every_method_has_a_label():
+    assert {"scratch", "vpt", "actionvla", "unipi", "lapa"} <= set(METHODS)
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
