@@ -140,6 +140,8 @@ class RobotSession:
         for event in self.events.load():
             self.state.apply(event)
         self.robot_token = _token(output / TOKEN_FILE)
+        # Name and attempt of the run that the robot's program asked for last.
+        self.taken: tuple[str, int] | None = None
 
     def close(self) -> None:
         """Lets another program open the session."""
@@ -265,10 +267,11 @@ class RobotSession:
                 return {"status": "wait", "reason": "scene"}
             if self.state.finished:
                 return {"status": "wait", "reason": "score"}
+            self.taken = run.name, self.state.repeats.get(run.name, 0)
             return {
                 "status": "run",
                 "run": run.name,
-                "attempt": self.state.repeats.get(run.name, 0),
+                "attempt": self.taken[1],
                 "policy": run.policy.location,
                 "options": dict(run.policy.options),
                 "instruction": run.trial.instruction,
