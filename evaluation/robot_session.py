@@ -137,8 +137,12 @@ class RobotSession:
         self.runs = _runs(session, settings["orders"])
         self.events = _EventLog(output / EVENTS_FILE)
         self.state = SessionState()
-        for event in self.events.load():
-            self.state.apply(event)
+        for number, event in enumerate(self.events.load(), 1):
+            try:
+                self.state.apply(event)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                self._lock.close()
+                raise ValueError(f"{self.events.path} is damaged in line {number}: {error!r}") from error
         self.robot_token = _token(output / TOKEN_FILE)
         # Name and attempt of the run that the robot's program asked for last.
         self.taken: tuple[str, int] | None = None
@@ -249,7 +253,9 @@ class RobotSession:
                 return
             missing = len(self.runs) - len(self.state.scores)
             if missing and not early:
-                raise NotNow(f"{len(self.state.scores)} of {len(self.runs)} runs are scored.")
+                raise NotNow(
+                    f"The session cannot be ended yet: {len(self.state.scores)} of {len(self.runs)} runs are scored."
+                )
             self._add("end", missing=missing)
 
     def robot_view(self) -> dict[str, Any]:

@@ -12,6 +12,10 @@ program learns it at `/next`. Every score is on the disk before it is shown: kil
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lapa.evaluation.robot_session import RobotSession
 
 
 def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -46,16 +50,16 @@ def main(
             raise ValueError(f"`{name}` must be given (or `example`).")
     if args.end_early and not args.report:
         raise ValueError("`end_early` goes with `report`.")
-    from lapa.evaluation.robot_session import RobotSession
+    from lapa.evaluation.robot_session import SETTINGS_FILE, RobotSession
     from lapa.evaluation.robot_session_file import load_session
 
-    if args.report and not args.output.is_dir():
+    if args.report and not (args.output / SETTINGS_FILE).is_file():
         raise ValueError(f"`output` ({args.output}) holds no session.")
     with RobotSession(load_session(args.session), args.output) as session:
         return _report(session, args.end_early) if args.report else _serve(session, args.port)
 
 
-def _report(session: "RobotSession", early: bool) -> int:  # noqa: F821
+def _report(session: "RobotSession", early: bool) -> int:
     from lapa.evaluation.robot_session import NotNow
     from lapa.evaluation.robot_session_report import session_markdown, session_report, write_session_report
 
@@ -69,7 +73,7 @@ def _report(session: "RobotSession", early: bool) -> int:  # noqa: F821
     return 0
 
 
-def _serve(session: "RobotSession", port: int) -> int:  # noqa: F821
+def _serve(session: "RobotSession", port: int) -> int:
     from lapa.evaluation.robot_session import TOKEN_FILE
     from lapa.evaluation.robot_session_report import write_session_report
     from lapa.evaluation.robot_session_server import SessionServer

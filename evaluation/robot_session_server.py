@@ -74,6 +74,10 @@ class SessionServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that goes away in the middle of an answer is no news for the terminal."""
+        logger.debug("a connection ended", exc_info=True)
+
     @property
     def url(self) -> str:
         """Of the page."""
@@ -245,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Length": str(len(content)),
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
+            "Referrer-Policy": "same-origin",
             "Cross-Origin-Resource-Policy": "same-origin",
         }
         for name, value in {**always, **headers}.items():
