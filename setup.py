@@ -56,6 +56,8 @@ EXTRAS["dev"] = [
     "mypy",
     "opencv-python-headless",
     "pandas",
+    # Drives the Chromium of the system; without one the tests of pages skip.
+    "playwright",
     "pytest",
     "pytest-timeout",
     "ruff",

@@ -44,6 +44,9 @@ COMMANDS = {
     "evaluate": Command(
         "lapa.evaluation.evaluate_cli", "main", "closed-loop success of a policy, with intervals", True
     ),
+    "robot-session": Command(
+        "lapa.evaluation.robot_session_cli", "main", "policies on a real robot, scored blind by partial credit", True
+    ),
     "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card", True),
     "demo": Command(
         "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data", True

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from lapa.evaluation.statistics import (
+    compare_credits,
     compare_paired,
+    credit_interval,
     hierarchical_bootstrap,
     paired_difference,
     rollouts_needed,
     seeds_estimate,
     subtask_standard_error,
+    wilson_interval,
 )
 
 
@@ -94,6 +97,45 @@ def test_partial_credit_and_order_do_not_matter():
     assert seeds_estimate(first).value == pytest.approx(0.5625)
     shuffled = [row[::-1] for row in first]
     assert seeds_estimate(first) == seeds_estimate(shuffled)
+
+
+@pytest.mark.parametrize("rollouts", [6, 18, 54])
+def test_intervals_of_partial_credits_cover_and_are_no_wider_than_wilsons(rollouts):
+    generator = np.random.default_rng(2)
+    levels = np.array([0, 0.25, 0.5, 0.75, 1])
+    for shares in ([0.9, 0.02, 0.02, 0.01, 0.05], [0.6, 0.07, 0.07, 0.06, 0.2], [0.1, 0.2, 0.2, 0.2, 0.3],
+                   [0.05, 0.3, 0.3, 0.3, 0.05], [0.02, 0.02, 0.03, 0.03, 0.9], [0, 0, 1, 0, 0]):  # fmt: skip
+        draws = generator.choice(levels, p=shares, size=(400, rollouts))
+        estimates = [credit_interval(draw) for draw in draws]
+        truth = float(levels @ shares)
+        assert np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) >= 0.92, shares
+        assert all(0 <= estimate.low <= estimate.value <= estimate.high <= 1 for estimate in estimates)
+        middle = [estimate for estimate in estimates if estimate.value == 0.5]
+        low, high = wilson_interval(rollouts // 2, rollouts)
+        assert all(estimate.high - estimate.low <= high - low + 1e-12 for estimate in middle)
+
+
+def test_partial_credits_that_are_successes_have_wilsons_interval():
+    for successes in range(8):
+        estimate = credit_interval([1] * successes + [0] * (7 - successes))
+        assert (estimate.low, estimate.high) == pytest.approx(wilson_interval(successes, 7), abs=1e-12)
+    # Half credit for all six spreads (0 + 1/4) / 6, a sixth of what successes would: as sure as 18 successes of 36.
+    half = credit_interval([0.5] * 6)
+    assert (half.low, half.high) == pytest.approx(wilson_interval(18, 36), abs=1e-12)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 2"):
+        credit_interval([0, 2])
+
+
+def test_the_higher_credit_wins():
+    compared = compare_credits([1, 0.5, 0.25, 0, 1], [0.5, 0.5, 0, 0.25, 0])
+    assert (compared.wins, compared.ties, compared.losses) == (3, 1, 1)
+    # Two-sided, 3 of 4 heads: (1 + 4 + 4 + 1) / 16.
+    assert compared.p_value == pytest.approx(0.625)
+    assert compared.difference.value == pytest.approx(0.3)
+    ours, theirs = [True, True, False, True], [False, True, False, False]
+    assert compare_credits(ours, theirs).p_value == compare_paired(ours, theirs).p_value
+    with pytest.raises(ValueError, match="the same seeds and starts"):
+        compare_credits([1, 0], [1])
 
 
 def test_paired_comparison_counts_and_tests():
