@@ -226,7 +226,7 @@ class TabletopJudge:
         before, after = self.locator.locate(first, blocks), self.locator.locate(last, wanted)
         starts = [place for name in blocks if (place := before[name]) is not None]
         places = [place for name in blocks if (place := after[name]) is not None]
-        effector = after[EFFECTOR] if EFFECTOR in after else 0j
+        effector = after.get(EFFECTOR, 0j)
         if len(starts) < len(blocks) or len(places) < len(blocks) or effector is None:
             return None
         anchor, offset = place_goal(named.family, named.argument, starts)
