@@ -99,8 +99,14 @@ def horizon_plot(table: Sequence[Mapping[str, Any]], label: str, seconds: float)
     axes.set_xlabel("seconds ahead")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return page.svg(figure)
+
+
+def brief(table: Sequence[Mapping[str, Any]], most: int = 8) -> list[Mapping[str, Any]]:
+    """At most so many rows of a table, evenly spread, with the first and the last."""
+    chosen = sorted({round(place) for place in np.linspace(0, len(table) - 1, min(most, len(table)))})
+    return [table[place] for place in chosen]
 
 
 def episode_rows(run: ImagineSuite) -> list[Compared]:
@@ -130,7 +136,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     for way, found in report["all"]["prediction"].items():
         lines.append(_agreement_line("all that can be judged", way, found))
     for name, cell in report["cells"].items():
-        lines += [_agreement_line(name, way, found) for way, found in cell["prediction"].items()]
+        lines += [
+            _agreement_line(name, way, found) for way, found in cell["prediction"].items() if way in (LAST, OF_TRUE)
+        ]
+    lines += [
+        "",
+        "Accuracy and balanced accuracy of a second play say how much any prediction of a sampling policy can know.",
+    ]
     lines += ["", "## The judge on frames whose truth is known (balanced accuracy, %)", ""]
     lines += ["| cell | frames | true frames | drawn one step from a true frame | judged |", "|---" * 5 + "|"]
     for name, cell in report["cells"].items():
@@ -194,8 +206,25 @@ def write_report(run: ImagineSuite, report: dict[str, Any], output: Path) -> Pat
         for kind, words in KINDS.items()
         if report["all"]["horizon"][kind]
     ]
-    names = {"labels": LABELS, "ways": WAYS, "kinds": KINDS, "number": number}
-    html = page.render("imagine_report.html", report=report, plots=plots, shown=shown, **names)
+    tables = [
+        (
+            "In all cells that can be judged:",
+            [(WAYS[way], found) for way, found in report["all"]["prediction"].items()],
+        ),
+        (
+            "By the last imagined frame in each of them:",
+            [(name, cell["prediction"][LAST]) for name, cell in report["cells"].items() if LAST in cell["prediction"]],
+        ),
+    ]
+    names = {
+        "tables": [table for table in tables if table[1]],
+        "labels": LABELS,
+        "ways": WAYS,
+        "kinds": KINDS,
+        "number": number,
+    }
+    rows = {kind: brief(report["all"]["horizon"][kind]) for kind in KINDS}
+    html = page.render("imagine_report.html", report=report, plots=plots, shown=shown, rows=rows, last=LAST, **names)
     write_atomically(output / "report.html", html.encode())
     return output / "report.html"
 

@@ -363,20 +363,29 @@ def _prediction(episodes: Sequence[Compared], way: str) -> dict[str, Any]:
 
 def sentences(pooled: Mapping[str, Any], cells: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in words."""
-    lines = [
-        _horizon_sentence(pooled["horizon"][kind], name, words)
-        for kind, words in ((measures.ALL_PIXELS, "over all pixels"), (measures.CHANGED_PIXELS, "where pixels change"))
-        for name in (measures.IMAGINED, measures.TRUE_CODES)
-    ]
+    table = pooled["horizon"][measures.ALL_PIXELS]
+    lines = [_horizon_sentence(table, name) for name in (measures.IMAGINED, measures.TRUE_CODES)]
+    if table:
+        lines.append(_share_sentence(table))
     refused = [name for name, cell in cells.items() if not cell["judge"].get("can_judge")]
     if refused:
         lines.append(f"Success cannot be judged from pictures in {', '.join(refused)}.")
     if LAST in pooled["prediction"]:
         lines.append(_prediction_sentence(pooled["prediction"][LAST]))
+    drawn = [
+        100 * balanced["value"]
+        for cell in cells.values()
+        if cell["judge"].get("can_judge") and (balanced := cell["judge"]["drawn_frames"]["balanced_accuracy"])
+    ]
+    if drawn:
+        lines.append(
+            f"In frames drawn one step from a true frame the judge tells solved from unsolved with {min(drawn):.0f} to "
+            f"{max(drawn):.0f}% balanced accuracy (by cell): what the decoder does not draw, no rollout can show."
+        )
     return lines
 
 
-def _horizon_sentence(table: Sequence[Mapping[str, Any]], name: str, words: str) -> str:
+def _horizon_sentence(table: Sequence[Mapping[str, Any]], name: str) -> str:
     who = "Imagined frames" if name == measures.IMAGINED else "Frames drawn from the true codes"
     better = 0
     for row in table:
@@ -385,9 +394,20 @@ def _horizon_sentence(table: Sequence[Mapping[str, Any]], name: str, words: str)
             break
         better = row["step"]
     if better == 0:
-        return f"{who} are not closer to the truth than the first frame, {words}."
-    last = " (all that were measured)" if better == table[-1]["step"] else ""
-    return f"{who} are closer to the truth than the first frame for {better} steps{last}, {words}."
+        return f"{who} are not closer to the truth than the first frame, not even after one step."
+    until = "for all" if better == table[-1]["step"] else "for the first"
+    return f"{who} are closer to the truth than the first frame {until} {better} steps."
+
+
+def _share_sentence(table: Sequence[Mapping[str, Any]]) -> str:
+    """Whose errors they are, at the last step that half of the episodes reach."""
+    row = [row for row in table if 2 * row["episodes"] >= table[0]["episodes"]][-1]
+    whole = row[measures.IMAGINED]["value"] or 1.0
+    shares = [100 * row[name]["value"] / whole for name in (measures.TRUE_CODES, measures.ONE_STEP)]
+    return (
+        f"At step {row['step']} the decoder alone, told the true codes, has {shares[0]:.0f}% of the error of imagined frames, "
+        f"and {shares[1]:.0f}% where it need not feed its own frames back."
+    )
 
 
 def _prediction_sentence(found: Mapping[str, Any]) -> str:
