@@ -339,7 +339,7 @@ def test_a_world_that_copies_has_the_error_of_copying_and_tells_no_success(tmp_p
     report = run.report()
     for kind in (ALL_PIXELS, CHANGED_PIXELS):
         for row in report["all"]["horizon"][kind]:
-            for name in ("imagined", "true_codes", "one_step"):
+            for name in ("imagined", "true_codes"):
                 assert row[name] == row["copy_first_frame"]
                 assert row["gain"][name]["value"] == 0
     assert report["all"]["horizon"][ALL_PIXELS][0]["episodes"] == 6
