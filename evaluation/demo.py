@@ -177,7 +177,9 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
 
     results["pretraining"] = progress.stage(
         "pretrain",
-        lambda: stages.pretrain(settings, seed, video, np.load(codes_file), processor(), paths["pretrained"]),
+        lambda: stages.pretrain(
+            settings, seed, video, np.load(codes_file), processor(), paths["pretrained"], paths["quantizer"]
+        ),
     )
     recorded = stages.shown_episodes(settings)
     results["rollouts"] = {}

@@ -44,8 +44,9 @@ from lapa.training.arguments import (
     LapaLatentPretrainingArguments,
     LapaQuantizerTrainingArguments,
 )
-from lapa.training.label_latent_actions import label_latent_actions
+from lapa.training.label_latent_actions import hash_weights, label_latent_actions
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
+from lapa.training.lineage import model_name, record_latent_policy, record_quantizer
 from lapa.training.metrics import action_error, mean_action_error, token_accuracy
 from lapa.training.quantizer_trainer import LapaQuantizerTrainer
 
@@ -259,6 +260,7 @@ class RldsDemo:
             per_device_train_batch_size=16,
         )
         model = self.fresh(LapaForLatentAction, processor)
+        record_quantizer(model.config, hash_weights(self.paths["quantizer"]), model_name(self.paths["quantizer"]))
         trainer = LapaLatentPretrainingTrainer(model, arguments, dataset, processor=processor)
         return run_training(trainer, self.paths["pretrained"])
 
@@ -269,6 +271,7 @@ class RldsDemo:
         if name == "lapa":
             torch.manual_seed(self.seed)
             model = LapaForActionPrediction.from_pretrained(self.paths["pretrained"])
+            record_latent_policy(model.config, self.paths["pretrained"])
         else:
             model = self.fresh(LapaForActionPrediction, processor)
         arguments = LapaActionFinetuningArguments(

@@ -1,5 +1,6 @@
 """The demo's stages: record, quantize, label, pretrain, finetune, play."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
-from lapa.data.atomic_files import atomic_file
+from lapa.data.atomic_files import atomic_file, write_atomically
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation.demo_settings import (
@@ -28,7 +29,7 @@ from lapa.evaluation.demo_settings import (
     PlayingSettings,
 )
 from lapa.evaluation.environment_pool import EnvironmentPool
-from lapa.evaluation.environments.tabletop import TabletopEnvironment
+from lapa.evaluation.environments.tabletop import CONTROL_FREQUENCY, TabletopEnvironment
 from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
 from lapa.evaluation.environments.tabletop_recording import TabletopEpisode, record_episode
 from lapa.evaluation.rollout import Controller, PolicyController, Rollout, roll_out
@@ -43,8 +44,11 @@ from lapa.training.arguments import (
     LapaLatentPretrainingArguments,
     LapaQuantizerTrainingArguments,
 )
+from lapa.training.label_latent_actions import hash_weights
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
+from lapa.training.lineage import model_name, record_latent_policy, record_quantizer
 from lapa.training.quantizer_trainer import CodebookCollapse, LapaQuantizerTrainer
+from lapa.training.trained_settings import SETTINGS_FILE
 
 if TYPE_CHECKING:
     from lapa.evaluation.demo_rlds import RldsSettings
@@ -263,7 +267,10 @@ def _train_quantizer(settings: DemoSettings, seed: int, video: Recording, output
         num_sample_reconstructions=0,
     )
     dataset = FramePairDataset(video.episodes(), settings.frame_gap)
-    return run_training(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
+    log = run_training(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
+    trained = {"frame_gap": settings.frame_gap, "frame_gap_seconds": None, "frequency": CONTROL_FREQUENCY}
+    write_atomically(output / SETTINGS_FILE, json.dumps(trained, indent=1).encode())
+    return log
 
 
 def load_vision_tokenizer() -> LapaVisionTokenizer:
@@ -351,9 +358,15 @@ def start_vision_embeddings_from_codebook(model: LapaForLatentAction | LapaForAc
 
 
 def pretrain(
-    settings: DemoSettings, seed: int, video: Recording, codes: np.ndarray, processor: LapaProcessor, output: Path
+    settings: DemoSettings,
+    seed: int,
+    video: Recording,
+    codes: np.ndarray,
+    processor: LapaProcessor,
+    output: Path,
+    quantizer: Path,
 ) -> list[dict[str, float]]:
-    """Stage 2: predict the quantizer's codes (num_pairs, num_latent_tokens) from image and instruction."""
+    """Stage 2: predict the codes (num_pairs, num_latent_tokens) of a quantizer's folder from image and instruction."""
     episode, frame = video.steps(settings.frame_gap)
     dataset = EncodedStepDataset(
         processor,
@@ -362,6 +375,7 @@ def pretrain(
         latent_action_codes=codes,
     )
     config = policy_config(settings, len(processor.tokenizer))
+    record_quantizer(config, hash_weights(quantizer), model_name(quantizer))
     model = fresh_policy(LapaForLatentAction, config, load_vision_tokenizer(), seed)
     arguments = LapaLatentPretrainingArguments(
         **schedule(settings.pretraining_steps, settings.pretraining_learning_rate, seed, output),
@@ -392,6 +406,7 @@ def finetune(
     torch.manual_seed(seed + 1)
     if pretrained is not None:
         model = LapaForActionPrediction.from_pretrained(pretrained)
+        record_latent_policy(model.config, pretrained)
     else:
         config = policy_config(settings, len(processor.tokenizer))
         model = fresh_policy(LapaForActionPrediction, config, load_vision_tokenizer(), seed)

@@ -47,6 +47,12 @@ COMMANDS = {
     "robot-session": Command(
         "lapa.evaluation.robot_session_cli", "main", "policies on a real robot, scored blind by partial credit", True
     ),
+    "imagine": Command(
+        "lapa.evaluation.imagine_cli",
+        "main",
+        "neural rollouts: the quantizer's decoder draws what a policy would do",
+        True,
+    ),
     "export": Command("lapa.hub_cards.cli", "main", "a folder ready for the Hub: weights, remote code, card", True),
     "demo": Command(
         "lapa.evaluation.demo", "main", "all three stages and closed loop, in a simulator or on real data", True

@@ -81,6 +81,11 @@ class TabletopRenderer:
         self._draw_effector(draw, effector)
         return np.array(image.reduce(self._supersampling))
 
+    def background(self) -> np.ndarray:
+        """The table without anything on it, (image_size, image_size, 3) uint8, from a camera at its place."""
+        box = (self._margin, self._margin, self._margin + self._canvas, self._margin + self._canvas)
+        return np.array(self._background.crop(box).reduce(self._supersampling))
+
     def _draw_background(self) -> Image.Image:
         look = self._embodiment
         side = self._canvas + 2 * self._margin

@@ -204,10 +204,13 @@ class TabletopTask:
 
     def distance(self, positions: Sequence[complex], effector: complex) -> float:
         """Metres that are left until the task is solved, 0 when it is."""
+        return max(self.miss(positions, effector), 0.0)
+
+    def miss(self, positions: Sequence[complex], effector: complex) -> float:
+        """Metres on the wrong side of the threshold; at most 0 when the task is solved."""
         moved = effector if self.family == "reach" else positions[0]
         distance = abs(moved - self.goal(positions))
-        left = self.threshold - distance if self.family == "separate" else distance - self.threshold
-        return max(left, 0.0)
+        return self.threshold - distance if self.family == "separate" else distance - self.threshold
 
     def is_solved(self, positions: Sequence[complex], effector: complex) -> bool:
         """Whether the state counts as success."""
@@ -276,7 +279,7 @@ def sample_scene(
             continue
         other = blocks[1] if spec.num_named_blocks == 2 else None
         template = spec.templates[rng.integers(len(spec.templates))]
-        anchor, offset = _goal(family, argument, positions)
+        anchor, offset = place_goal(family, argument, positions)
         sentence = format_instruction(template, blocks[0], other, argument)
         task = TabletopTask(family, argument, anchor, offset, threshold, sentence, held_out)
         if task.distance(positions, effector) < spec.start_margin or not _is_way_free(task, positions):
@@ -338,7 +341,8 @@ def distance_to_segment(point: complex, start: complex, end: complex) -> float:
     return abs(start + min(max(along, 0.0), 1.0) * step - point)
 
 
-def _goal(family: str, argument: str, positions: Sequence[complex]) -> tuple[int | None, complex]:
+def place_goal(family: str, argument: str, positions: Sequence[complex]) -> tuple[int | None, complex]:
+    """Anchor and offset of a task's goal, see `TabletopTask`, from its words and the blocks' places at the start."""
     offset = FAMILIES[family].arguments[argument]
     if family == "reach":
         return 0, offset
