@@ -1,5 +1,6 @@
 """Training VPT's inverse dynamics model on labelled frames, and labelling video with it."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.trainer_utils import set_seed
 
+from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.baselines.card import write_card
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
+from lapa.hub_cards.card import RESULTS_NAME
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,19 @@ def train_inverse_dynamics(
         eval_dataset=FramePairActions(first[held_out], second[held_out], known[held_out]) if evaluates else None,
         settings=settings,
     )
-    return train_to_end(trainer)
+    log = train_to_end(trainer)
+    if evaluates:
+        _write_result(trainer.evaluate(), output, len(np.unique(groups[held_out])))
+    write_card(output, config)
+    return log
+
+
+def _write_result(metrics: dict[str, float], output: Path, num_episodes: int) -> None:
+    """R^2 of the model that is kept, where its card looks for results."""
+    value = metrics["eval_r2"]
+    row = {"dataset": "held-out labelled episodes", "metric": "r2", "value": value, "episodes": num_episodes}
+    rows = [row] if np.isfinite(value) else []
+    write_atomically(output / RESULTS_NAME, json.dumps({"results": rows}, indent=1).encode())
 
 
 def hold_out(groups: NDArray[Any], share: float, seed: int) -> NDArray[np.bool_]:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-
+from lapa.evaluation.baselines.card import write_card
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.video_diffusion import VideoDiffusionModel
 from lapa.evaluation.baselines.video_diffusion_training import encode_instructions
+from lapa.hub_cards.card import RESULTS_NAME, TRAINER_STATE_NAME
 from lapa.processing.tokenization_lapa import LapaTokenizer
 
 # Folder of the inverse dynamics model in the folder of the video model.
@@ -153,8 +154,19 @@ def write_unipi(video_model: str | Path, inverse_dynamics: str | Path, output: P
     policy.video_model.save_pretrained(partial)
     policy.tokenizer.save_pretrained(partial)
     policy.inverse_dynamics.save_pretrained(partial / INVERSE_DYNAMICS_FOLDER)
+    _copy_records(Path(video_model), partial)
+    _copy_records(Path(inverse_dynamics), partial / INVERSE_DYNAMICS_FOLDER)
+    write_card(partial, policy.video_model.config, is_policy=True)
+    write_card(partial / INVERSE_DYNAMICS_FOLDER, policy.inverse_dynamics.config)
     shutil.rmtree(output, ignore_errors=True)
     os.replace(partial, output)
+
+
+def _copy_records(source: Path, target: Path) -> None:
+    """What trainings recorded for the cards."""
+    for name in (TRAINER_STATE_NAME, RESULTS_NAME):
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
 
 
 __all__ = ["INVERSE_DYNAMICS_FOLDER", "UniPiPolicy", "write_unipi"]

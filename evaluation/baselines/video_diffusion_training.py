@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from lapa.evaluation.baselines.card import write_card
 from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
 from lapa.evaluation.baselines.video_diffusion import VideoDiffusionModel
@@ -107,7 +108,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 f"`clips` must lie in [0, {len(frames) - 1}], the frames, got {clips.min()} to {clips.max()}."
             )
         self.frames, self.clips = frames, clips
-        self.ids, self.mask = encode_instructions(tokenizer, [str(sentence) for sentence in sentences], max_text_length)
+        self.ids, self.mask = encode_instructions(
+            tokenizer, [str(sentence) for sentence in sentences], max_text_length
+        )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -176,7 +179,9 @@ def train_video_model(
             f"`clips` must have {1 + config.num_frames} columns (1 + `num_frames`), got {clips.shape[1]}."
         )
     if len(tokenizer) > config.text_vocab_size:
-        raise ValueError(f"`text_vocab_size` ({config.text_vocab_size}) is less than the tokenizer's {len(tokenizer)}.")
+        raise ValueError(
+            f"`text_vocab_size` ({config.text_vocab_size}) is less than the tokenizer's {len(tokenizer)}."
+        )
     set_seed(seed)
     trainer = VideoDiffusionTrainer(
         model=VideoDiffusionModel(config),
@@ -184,7 +189,16 @@ def train_video_model(
         train_dataset=ClipDataset(frames, clips, instructions, tokenizer, config.max_text_length),
         processing_class=tokenizer,
     )
-    return train_to_end(trainer)
+    log = train_to_end(trainer)
+    write_card(output, config)
+    return log
 
 
-__all__ = ["ClipDataset", "VideoDiffusionTrainer", "VideoSettings", "clip_index", "encode_instructions", "train_video_model"]
+__all__ = [
+    "ClipDataset",
+    "VideoDiffusionTrainer",
+    "VideoSettings",
+    "clip_index",
+    "encode_instructions",
+    "train_video_model",
+]
