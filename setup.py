@@ -46,10 +46,12 @@ EXTRAS = {
     # Its wheel imports `packaging` without naming it.
     "metaworld": ["metaworld>=3.1.1", "packaging", "scipy>=1.14"],
     "quantize": ["bitsandbytes>=0.49"],
+    "unipi": ["diffusers>=0.35"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["sim"],
     *EXTRAS["quantize"],
+    *EXTRAS["unipi"],
     "build",
     "hypothesis",
     "msgpack",

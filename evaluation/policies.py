@@ -1,6 +1,7 @@
-"""What `--policy` names: a model folder, the environment's expert, doing nothing, random actions, or a server."""
+"""What `--policy` names: a model folder (ours, or a UniPi policy), the environment's expert, doing nothing, random actions, or a server."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from lapa.evaluation.rollout import (
 )
 
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
+# `model_type` of folders that hold no finetuned model of ours.
+UNIPI, INVERSE_DYNAMICS = "lapa_video_diffusion", "lapa_inverse_dynamics"
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ def open_policy(
     Opens a policy.
 
     Args:
-        name: `expert`, `do_nothing`, `random`, a URL (`http://host:port`) of a server that speaks OpenVLA's protocol, or
-            a folder or Hub name of a finetuned model.
+        name: `expert`, `do_nothing`, `random`, a URL (`http://host:port`) of a server that speaks OpenVLA's protocol, a
+            folder or Hub name of a finetuned model, or a folder of a UniPi policy.
         action_dim: Length of the environment's actions.
         unnorm_key: Statistics that de-tokenise; may be None where there is one set.
         device: Of a model; a GPU if there is one.
-        replan_every: Steps that are played of a predicted chunk; all of them when None. For models that predict chunks.
+        replan_every: Steps that are played of a predicted chunk; when None all of them, or what a UniPi policy's config
+            says. For models that predict chunks.
         generation: Of a model, as `do_sample`, `temperature`.
 
     Raises:
@@ -109,17 +113,19 @@ def _open_model(
 
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"`policy` ({name}) is no model folder: it has no config.json.")
+    model_type = _model_type(Path(name))
+    if model_type == INVERSE_DYNAMICS:
+        raise ValueError(f"`policy` ({name}) is an inverse dynamics model: it labels video and does not act.")
+    if model_type == UNIPI:
+        _refuse({"unnorm_key": unnorm_key, **generation}, name)
+        return _open_unipi(name, action_dim, device, replan_every)
     options = {key: value for key, value in generation.items() if value is not None}
     if options.get("temperature") is not None and not options.get("do_sample"):
         raise ValueError("`temperature` needs `do_sample`: without it actions are chosen greedily.")
     if options.get("do_sample"):
         options.setdefault("top_k", 0)
     policy = LapaPolicy.from_pretrained(name, unnorm_key, **options)
-    if policy.model.config.action_dim != action_dim:
-        raise ValueError(
-            f"`policy` ({name}) has actions of {policy.model.config.action_dim} numbers, this suite's environment takes "
-            f"{action_dim}."
-        )
+    _check_action_dim(name, policy.model.config.action_dim, action_dim)
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = policy.model.config
     draws = EpisodeDraws() if options.get("do_sample") else None
@@ -135,6 +141,48 @@ def _open_model(
         "generation": options,
     }
     return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
+
+
+def _model_type(folder: Path) -> str | None:
+    """What a folder's `config.json` says it is; None for what is no folder here."""
+    if not folder.is_dir():
+        return None
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"`policy` ({folder}) has a config.json that is no JSON object: {error}.") from error
+    return None if model_type is None else str(model_type)
+
+
+def _open_unipi(name: str, action_dim: int, device: str | None, replan_every: int | None) -> NamedPolicy:
+    import torch
+
+    from lapa.evaluation.baselines.unipi import UniPiPolicy
+    from lapa.serving.policy import ChunkPlayer
+
+    policy = UniPiPolicy.from_pretrained(name)
+    _check_action_dim(name, policy.action_dim, action_dim)
+    policy.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    video = policy.video_model
+    replan = video.config.replan_every if replan_every is None else replan_every
+    identity = {
+        "policy": weights_hash(video),
+        "inverse_dynamics": weights_hash(policy.inverse_dynamics),
+        # How it samples stands in the configs, and which frames it is for.
+        "configs": hashlib.sha256(
+            (video.config.to_json_string() + policy.inverse_dynamics.config.to_json_string()).encode()
+        ).hexdigest(),
+        "device": video.device.type,
+        "replan_every": replan,
+    }
+    return NamedPolicy(name, ChunkController(ChunkPlayer(policy, replan)), identity, policy.reseed)
+
+
+def _check_action_dim(name: str, model: int, environment: int) -> None:
+    if model != environment:
+        raise ValueError(
+            f"`policy` ({name}) has actions of {model} numbers, this suite's environment takes {environment}."
+        )
 
 
 def weights_hash(model: Any) -> str:

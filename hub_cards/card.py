@@ -153,38 +153,83 @@ def render_card(
     """
     kind = CARDS[architecture]
     model_config = kind.config_class.from_dict(config)
-    results = read_results(source / RESULTS_NAME)
     licence, licences = _licences(source, kind, config, options)
-    data = ModelCardData(
-        pipeline_tag="robotics",
-        library_name="transformers",
-        tags=["robotics", "lapa", "latent-action", kind.what.replace(" ", "-"), PAPER],
-        base_model=options.base_model,
-        datasets=list(options.datasets) or None,
-        model_name=name.rpartition("/")[2],
-        eval_results=[_eval_result(result) for result in results] or None,
-        **licence,
-    )
     unnorm_keys = (
         sorted(read_json(source / "processor_config.json").get("action_statistics") or {}) if has_processor else []
     )
     key_argument = f', unnorm_key="{unnorm_keys[0]}"' if unnorm_keys else ""
-    template = _environment().get_template(f"{kind.template}.md.j2")
-    text = template.render(
-        title=name.rpartition("/")[2],
-        name=name,
-        config=model_config,
+    title = name.rpartition("/")[2]
+    return render_page(
+        source,
+        CardPage(kind.template, kind.what, model_config, _sizes(model_config, weights), licence, licences),
+        options,
+        name,
         has_processor=has_processor,
         unnorm_keys=unnorm_keys,
         key_argument=key_argument,
         action_shape=_action_shape(model_config),
         decode_argument=(key_argument if len(unnorm_keys) > 1 else "") if unnorm_keys else ", decode=False",
-        download=f"hf download {name} --local-dir {data.model_name}\n" if options.repo_id else "",
-        script=f"{data.model_name}/finetune.py",
-        sizes=_sizes(model_config, weights),
-        training=_training(source, model_config, options),
-        results=results,
-        licences=licences,
+        download=f"hf download {name} --local-dir {title}\n" if options.repo_id else "",
+        script=f"{title}/finetune.py",
+    )
+
+
+@dataclass(frozen=True)
+class CardPage:
+    """
+    What the card of any of our models shows.
+
+    Args:
+        template (`str`): Name of a template of this package, without `.md.j2`.
+        what (`str`): The kind of model in two or three words; a tag.
+        config (`PreTrainedConfig`): Of the model.
+        sizes (`list[tuple[str, str]]`): Rows of the table of sizes.
+        licence (`dict[str, str]`): Metadata.
+        licences (`list[str]`): Spelt out.
+    """
+
+    template: str
+    what: str
+    config: PreTrainedConfig
+    sizes: list[tuple[str, str]]
+    licence: dict[str, str]
+    licences: list[str]
+
+
+def render_page(source: Path, page: CardPage, options: CardOptions, name: str, **values: Any) -> ModelCard:
+    """
+    Renders a template with what was recorded in a folder.
+
+    Args:
+        source, options, name: See `render_card`.
+        page (`CardPage`): What the card shows.
+        values: Further variables of the template.
+    """
+    results = read_results(source / RESULTS_NAME)
+    title = name.rpartition("/")[2]
+    data = ModelCardData(
+        pipeline_tag="robotics",
+        library_name="transformers",
+        tags=["robotics", "lapa", "latent-action", page.what.replace(" ", "-"), PAPER],
+        base_model=options.base_model,
+        datasets=list(options.datasets) or None,
+        model_name=title,
+        eval_results=[_eval_result(result) for result in results] or None,
+        **page.licence,
+    )
+    text = (
+        _environment()
+        .get_template(f"{page.template}.md.j2")
+        .render(
+            title=title,
+            name=name,
+            config=page.config,
+            sizes=page.sizes,
+            training=_training(source, page.config, options),
+            results=results,
+            licences=page.licences,
+            **values,
+        )
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_tidy(text)}")
 
@@ -389,4 +434,4 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-__all__ = ["CardOptions", "Result", "read_results", "render_card"]
+__all__ = ["CardOptions", "CardPage", "Result", "read_results", "render_card", "render_page"]

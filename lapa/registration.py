@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
+from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
+from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
 
 
 class _DeferredClass(type):
@@ -110,7 +112,8 @@ AFTER_IMPORT: dict[str, Callable[[], None]] = {
 
 def register() -> None:
     """Register configs, models, processor and pipeline; calling it again changes nothing."""
-    for config_class in (LapaConfig, LapaQuantizerConfig, LapaVisionTokenizerConfig):
+    configs = (LapaConfig, LapaQuantizerConfig, LapaVisionTokenizerConfig, InverseDynamicsConfig, VideoDiffusionConfig)
+    for config_class in configs:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     policies = tuple(
         _deferred("lapa.modeling_lapa.modeling_lapa", name)
@@ -123,6 +126,11 @@ def register() -> None:
     AutoModel.register(LapaQuantizerConfig, quantizer, exist_ok=True)
     vision_tokenizer = _deferred("lapa.modeling_lapa.modeling_lapa_vision_tokenizer", "LapaVisionTokenizer")
     AutoModel.register(LapaVisionTokenizerConfig, vision_tokenizer, exist_ok=True)
+    baselines = "lapa.evaluation.baselines"
+    inverse_dynamics = _deferred(f"{baselines}.inverse_dynamics", "InverseDynamicsModel")
+    AutoModel.register(InverseDynamicsConfig, inverse_dynamics, exist_ok=True)
+    video_model = _deferred(f"{baselines}.video_diffusion", "VideoDiffusionModel")
+    AutoModel.register(VideoDiffusionConfig, video_model, exist_ok=True)
     for module, action in AFTER_IMPORT.items():
         if module in sys.modules:
             action()

@@ -27,6 +27,19 @@ class Policy(Protocol):
         """
 
 
+class ChunkPolicy(Protocol):
+    """Chooses several actions at once for each of a batch of robots."""
+
+    @property
+    def action_horizon(self) -> int:
+        """Steps that one prediction holds."""
+
+    def act_chunk(
+        self, images: Sequence[np.ndarray], instructions: Sequence[str], proprio: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """All steps of a prediction, (batch, action_horizon, action_dim) float32; arguments as in [`Policy`]."""
+
+
 class LapaPolicy:
     """A finetuned model with its processor as a [`Policy`].
 
@@ -118,7 +131,7 @@ class ChunkPlayer:
 
     def __init__(
         self,
-        policy: LapaPolicy,
+        policy: ChunkPolicy,
         replan_every: int | None = None,
         gripper_patience: int = 1,
         gripper_dimension: int = -1,
@@ -183,4 +196,4 @@ class ChunkPlayer:
         return held
 
 
-__all__ = ["ChunkPlayer", "LapaPolicy", "Policy"]
+__all__ = ["ChunkPlayer", "ChunkPolicy", "LapaPolicy", "Policy"]

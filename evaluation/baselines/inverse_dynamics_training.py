@@ -1,5 +1,6 @@
 """Training VPT's inverse dynamics model on labelled frames, and labelling video with it."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.trainer_utils import set_seed
 
+from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.baselines.card import write_card
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
-
+from lapa.hub_cards.card import RESULTS_NAME
 
 @dataclass(frozen=True)
 class InverseDynamicsSettings:
@@ -52,7 +55,6 @@ class FramePairActions(Dataset[dict[str, Any]]):
     Args:
         first, second: (num_pairs, height, width, channels) uint8.
         actions: (num_pairs, action_dim) physical units; None for pairs that are to be labelled.
-        settings: Augments by them; None leaves the frames as they are.
 
     Raises:
         ValueError: Frames that are no uint8 images of one shape, rows of unequal number.
@@ -63,7 +65,6 @@ class FramePairActions(Dataset[dict[str, Any]]):
         first: NDArray[np.uint8],
         second: NDArray[np.uint8],
         actions: ArrayLike | None = None,
-        settings: InverseDynamicsSettings | None = None,
     ) -> None:
         for name, frames in (("first", first), ("second", second)):
             if frames.ndim != 4 or frames.dtype != np.uint8:
@@ -72,7 +73,7 @@ class FramePairActions(Dataset[dict[str, Any]]):
                 )
         if first.shape != second.shape:
             raise ValueError(f"`first` and `second` must have one shape, got {first.shape} and {second.shape}.")
-        self.first, self.second, self.settings = first, second, settings
+        self.first, self.second = first, second
         self.actions = None if actions is None else np.asarray(actions, dtype=np.float32)
         if self.actions is not None and (self.actions.ndim != 2 or len(self.actions) != len(first)):
             raise ValueError(f"`actions` must have shape ({len(first)}, action_dim), got {self.actions.shape}.")
@@ -84,8 +85,6 @@ class FramePairActions(Dataset[dict[str, Any]]):
         """`pixel_values` (2, channels, height, width) float32 in [0, 1], `actions` (action_dim,), `example_id`."""
         frames = torch.from_numpy(np.stack((self.first[item], self.second[item])))
         pixels = frames.permute(0, 3, 1, 2).float() / 255  # t h w c -> t c h w
-        if self.settings is not None:
-            pixels = augment(pixels, self.settings.max_shift, self.settings.colour_jitter)
         example: dict[str, Any] = {"pixel_values": pixels}
         if self.actions is not None:
             example |= {"actions": torch.from_numpy(self.actions[item]), "example_id": f"pair {item}"}
@@ -93,15 +92,16 @@ class FramePairActions(Dataset[dict[str, Any]]):
 
 
 def augment(pixels: torch.Tensor, max_shift: int, colour_jitter: float) -> torch.Tensor:
-    """Shift and colour of (frames, channels, height, width) in [0, 1], the same for all frames."""
-    height, width = pixels.shape[-2:]
+    """Shift and colour of (batch, frames, channels, height, width) in [0, 1], the same for all frames of an example."""
+    batch, _, channels, height, width = pixels.shape
     if max_shift:
-        down, right = torch.randint(0, 2 * max_shift + 1, (2,)).tolist()
-        padded = F.pad(pixels, (max_shift,) * 4, mode="replicate")
-        pixels = padded[..., down : down + height, right : right + width]
+        padded = F.pad(pixels.flatten(0, 1), (max_shift,) * 4, mode="replicate").unflatten(0, pixels.shape[:2])
+        shifts = torch.randint(0, 2 * max_shift + 1, (batch, 2)).tolist()
+        moved = [frames[..., y : y + height, x : x + width] for frames, (y, x) in zip(padded, shifts)]
+        pixels = torch.stack(moved)
     if colour_jitter:
-        gain, shift = 1 + colour_jitter * (2 * torch.rand(2, 1, pixels.shape[1], 1, 1) - 1)
-        pixels = ((pixels - 0.5) * gain + 0.5 * shift).clamp(0, 1)
+        gain, shift = colour_jitter * (2 * torch.rand(2, batch, 1, channels, 1, 1, device=pixels.device) - 1)
+        pixels = ((pixels - 0.5) * (1 + gain) + 0.5 + 0.5 * shift).clamp(0, 1)
     return pixels
 
 
@@ -115,12 +115,26 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class InverseDynamicsTrainer(BaselineTrainer):
-    """Trainer of [`InverseDynamicsModel`]; an evaluation says how much of the actions' variance is explained, as `r2`."""
+    """
+    Trainer of [`InverseDynamicsModel`]; an evaluation says how much of the actions' variance is explained, as `r2`.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        settings: Training pairs are augmented by them.
+        args, kwargs: Of [`~transformers.Trainer`].
+    """
+
+    def __init__(self, *args: Any, settings: InverseDynamicsSettings, **kwargs: Any) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
+        self.settings = settings
         self._predicted: list[torch.Tensor] = []
         self._true: list[torch.Tensor] = []
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of a batch, of an augmented one in training."""
+        if model.training:
+            pixels = augment(inputs["pixel_values"], self.settings.max_shift, self.settings.colour_jitter)
+            inputs = inputs | {"pixel_values": pixels}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Keeps what is predicted, see [`~lapa.training.metrics_trainer.MetricsTrainer`]."""
@@ -202,10 +216,23 @@ def train_inverse_dynamics(
         args=settings.schedule.arguments(
             output, seed, evaluates, "eval_loss" if evaluates and settings.keep_best else None
         ),
-        train_dataset=FramePairActions(first[~held_out], second[~held_out], known[~held_out], settings),
+        train_dataset=FramePairActions(first[~held_out], second[~held_out], known[~held_out]),
         eval_dataset=FramePairActions(first[held_out], second[held_out], known[held_out]) if evaluates else None,
+        settings=settings,
     )
-    return train_to_end(trainer)
+    log = train_to_end(trainer)
+    if evaluates:
+        _write_result(trainer.evaluate(), output, len(np.unique(groups[held_out])))
+    write_card(output, config)
+    return log
+
+
+def _write_result(metrics: dict[str, float], output: Path, num_episodes: int) -> None:
+    """R^2 of the model that is kept, where its card looks for results."""
+    value = metrics["eval_r2"]
+    row = {"dataset": "held-out labelled episodes", "metric": "r2", "value": value, "episodes": num_episodes}
+    rows = [row] if np.isfinite(value) else []
+    write_atomically(output / RESULTS_NAME, json.dumps({"results": rows}, indent=1).encode())
 
 
 def hold_out(groups: NDArray[Any], share: float, seed: int) -> NDArray[np.bool_]:

@@ -1,0 +1,25 @@
+"""A world small enough to learn in seconds: a square on a dark ground that an action moves."""
+
+import numpy as np
+
+
+def draw(position: np.ndarray, size: int = 16, colour: tuple[int, int, int] = (230, 60, 40)) -> np.ndarray:
+    """(size, size, 3) uint8 with a square of 4 x 4 pixels; a place between pixels blends over them."""
+    rows, columns = (np.clip(np.arange(size)[:, None] + np.array([1, 0]), 0, size) for _ in range(2))
+    cover = [
+        np.clip(np.minimum(cells[:, 0], place + 4) - np.maximum(cells[:, 1], place), 0, 1)
+        for cells, place in zip((rows, columns), position)
+    ]
+    area = cover[0][:, None] * cover[1][None, :]
+    ground = np.full((size, size, 3), 30.0)
+    return (ground + area[..., None] * (np.array(colour) - ground)).round().astype(np.uint8)
+
+
+def moving_squares(num_pairs: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First frames, second frames, and actions (num_pairs, 2): 10 units move the square by one pixel down or right."""
+    generator = np.random.default_rng(seed)
+    places = generator.uniform(2, size - 6, (num_pairs, 2))
+    moves = generator.uniform(-2, 2, (num_pairs, 2))
+    first = np.stack([draw(place, size) for place in places])
+    second = np.stack([draw(place + move, size) for place, move in zip(places, moves)])
+    return first, second, (10 * moves).astype(np.float32)
