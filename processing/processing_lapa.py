@@ -28,6 +28,8 @@ STATE_TEXT = " State: {state}."
 TARGETS = {"latent": "<delta>", "action": "<action>"}
 LAYOUT_FIELDS = ("instruction", "vision", "latent", "action", "bos", "eos")
 IGNORED_LABEL = -100
+# Texts whose ids are remembered: an episode asks for the same ones at every step.
+MAX_REMEMBERED_TEXTS = 4096
 
 
 def _codes(name: str, values: Any, vocabulary: int) -> list[int]:
@@ -112,6 +114,8 @@ class LapaProcessor(RobotStatistics, ProcessorMixin):
                 f"`end_of_vision_id` ({end_of_vision_id}) must lie in [1, {vision_vocab_size - 1}], inside "
                 f"`vision_vocab_size` ({vision_vocab_size})."
             )
+        self._ids_of_texts: dict[str, list[int]] = {}
+        self._remembered_tokenizer = 0
         self.text_vocab_size = text_vocab_size
         self.vision_vocab_size = vision_vocab_size
         self.latent_vocab_size = latent_vocab_size
@@ -315,9 +319,16 @@ class LapaProcessor(RobotStatistics, ProcessorMixin):
         mask = [[0] * (width - len(prompt)) + [1] * (len(prompt) + len(tail)) for prompt in prompts]
         return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.int64)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is remembered is no part of a processor: a copy, or a hash of its pickle, must not depend on it.
+        return {**self.__dict__, "_ids_of_texts": {}, "_remembered_tokenizer": 0}
+
     def _text_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        if self._remembered_tokenizer != id(self.tokenizer) or len(self._ids_of_texts) >= MAX_REMEMBERED_TEXTS:
+            self._ids_of_texts, self._remembered_tokenizer = {}, id(self.tokenizer)
+        if text not in self._ids_of_texts:
+            self._ids_of_texts[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._ids_of_texts[text])
 
     @staticmethod
     def _checked_target(target: str) -> str:

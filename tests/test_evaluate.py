@@ -60,7 +60,11 @@ def start_and_wait_for(lines, suite, output, *options):
     """A run in a process group of its own, when its log has so many lines."""
     command = [sys.executable, "-m", "lapa.cli", "evaluate", "--suite", suite, "--policy", "random", "--output"]
     process = subprocess.Popen(
-        [*command, str(output), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, str(output), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     log, deadline = output / "rollouts.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -91,9 +95,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(processes, suite, tm
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("processes", "number", "code"), [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize(("processes", "number", "code"), [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)])
 def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, code, suite, tmp_path, capsys):
     options = ["--num-environments", "2", "--no-baseline", "--num-processes", processes]
     output = tmp_path / "out"

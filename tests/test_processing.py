@@ -1,6 +1,7 @@
 """The processor: recorded prompts, batches, action bins, saving and loading, clear errors."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -236,3 +237,27 @@ def test_bad_settings():
         make_processor(target="delta")
     with pytest.raises(ValueError, match="edges"):
         make_processor(action_statistics={"x": {"bins": []}})
+
+
+def test_remembered_texts_are_those_of_the_tokenizer_in_use_and_no_part_of_the_processor():
+    processor, text = make_processor(), "push the pot"
+    before = (pickle.dumps(processor), processor.to_json_string())
+    first = processor(images=image(), instruction=text)["input_ids"]
+    processor._text_ids(text).append(0)
+    assert processor(images=image(), instruction=text)["input_ids"].tolist() == first.tolist()
+    assert (pickle.dumps(processor), processor.to_json_string()) == before
+    asked = []
+    tokenizer = processor.tokenizer
+
+    class Counting:
+        pad_token_id = tokenizer.pad_token_id
+
+        def __call__(self, words, **options):
+            asked.append(words)
+            return tokenizer(words, **options)
+
+    # Another tokenizer: nothing of the old one is used, and every text is asked for once.
+    processor.tokenizer = Counting()
+    for _ in range(3):
+        assert processor(images=image(), instruction=text)["input_ids"].tolist() == first.tolist()
+    assert len(asked) == len(set(asked)) == 3

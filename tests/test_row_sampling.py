@@ -54,7 +54,11 @@ def test_draws_follow_the_softmax():
     scores = torch.full((4000, 8), float("-inf"))
     scores[:, 2:6] = torch.tensor([1.0, 0.0, -1.0, float("-inf")])
     draws = [np.random.default_rng(0)] * 4000
-    for options, logits in (({}, [1.0, 0.0, -1.0]), ({"temperature": 0.5}, [2.0, 0.0, -2.0]), ({"top_k": 2}, [1.0, 0.0])):
+    for options, logits in (
+        ({}, [1.0, 0.0, -1.0]),
+        ({"temperature": 0.5}, [2.0, 0.0, -2.0]),
+        ({"top_k": 2}, [1.0, 0.0]),
+    ):
         processor = RowSamplingLogitsProcessor(draws, (2, 6), **options)
         chosen = processor(torch.zeros(4000, 1, dtype=torch.long), scores.clone()).argmax(-1)
         expected = torch.tensor(logits).softmax(0).numpy()
