@@ -83,6 +83,10 @@ class EnvironmentPool:
         """What the scripted experts of some environments do now."""
         return self._ask("expert_action", dict.fromkeys(slots))
 
+    def still_actions(self, slots: Sequence[int]) -> dict[int, NDArray[np.float32] | Failure]:
+        """What does nothing now in some environments."""
+        return self._ask("still_action", dict.fromkeys(slots))
+
     def _ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
         for group in self._groups:
             group.send(method, {slot: arguments[slot] for slot in group.slots if slot in arguments})
@@ -106,7 +110,9 @@ class EnvironmentPool:
 def _call(environment: EvaluationEnvironment, method: str, argument: Any) -> Any:
     if method == "start":
         return environment.start(*argument)
-    return environment.step(argument) if method == "step" else environment.expert_action()
+    if method == "step":
+        return environment.step(argument)
+    return environment.expert_action() if method == "expert_action" else environment.still_action()
 
 
 class _Group(ABC):

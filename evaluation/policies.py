@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapa.evaluation.environments.base import Bounds
 from lapa.evaluation.rollout import (
     ChunkController,
     Controller,
-    DoNothing,
     ExpertController,
     PolicyController,
     RandomActions,
+    StillController,
 )
 
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
@@ -46,6 +47,7 @@ def open_policy(
     unnorm_key: str | None = None,
     device: str | None = None,
     replan_every: int | None = None,
+    action_bounds: Bounds = (-1.0, 1.0),
     **generation: Any,
 ) -> NamedPolicy:
     """
@@ -58,6 +60,7 @@ def open_policy(
         unnorm_key: Statistics that de-tokenise; may be None where there is one set.
         device: Of a model; a GPU if there is one.
         replan_every: Steps that are played of a predicted chunk; all of them when None. For models that predict chunks.
+        action_bounds: Between which `random` draws.
         generation: Of a model, as `do_sample`, `temperature`.
 
     Raises:
@@ -74,8 +77,8 @@ def open_policy(
         if name == EXPERT:
             return NamedPolicy(name, ExpertController(), {"policy": name}, _no_draws)
         if name == DO_NOTHING:
-            return NamedPolicy(name, PolicyController(DoNothing(action_dim)), {"policy": name}, _no_draws)
-        moves = RandomActions(action_dim)
+            return NamedPolicy(name, StillController(), {"policy": name}, _no_draws)
+        moves = RandomActions(action_dim, bounds=action_bounds)
         return NamedPolicy(name, PolicyController(moves), {"policy": name}, moves.reseed)
     return _open_model(name, action_dim, unnorm_key, device, replan_every, generation)
 

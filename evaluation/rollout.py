@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from lapa.evaluation.environment_pool import EnvironmentPool, Failure, Start
-from lapa.evaluation.environments.base import Observation
+from lapa.evaluation.environments.base import Bounds, Observation
 
 if TYPE_CHECKING:
     from lapa.serving.policy import ChunkPlayer, Policy
@@ -116,28 +116,28 @@ class ExpertController(Controller):
         return pool.expert_actions(slots)
 
 
-class DoNothing:
-    """Stands still."""
+class StillController(Controller):
+    """Does nothing, in whatever way the environment does that."""
 
-    def __init__(self, action_dim: int) -> None:
-        self.action_dim = action_dim
-
-    def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
-        """See [`~lapa.serving.policy.Policy`]."""
-        return np.zeros((len(images), self.action_dim), dtype=np.float32)
+    def act(
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure]:
+        """See [`Controller`]."""
+        return pool.still_actions(slots)
 
 
 class RandomActions:
     """
-    Moves uniformly at random in [-1, 1].
+    Moves uniformly at random.
 
     Args:
         action_dim: Length of an action.
         seed: Of the draws.
+        bounds: Least and greatest values of an action's numbers, for all or for each.
     """
 
-    def __init__(self, action_dim: int, seed: int = 0) -> None:
-        self.action_dim = action_dim
+    def __init__(self, action_dim: int, seed: int = 0, bounds: Bounds = (-1.0, 1.0)) -> None:
+        self.action_dim, self.bounds = action_dim, bounds
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
@@ -146,7 +146,7 @@ class RandomActions:
 
     def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
         """See [`~lapa.serving.policy.Policy`]."""
-        return self.generator.uniform(-1, 1, (len(images), self.action_dim)).astype(np.float32)
+        return self.generator.uniform(*self.bounds, (len(images), self.action_dim)).astype(np.float32)
 
 
 def roll_out(
