@@ -42,9 +42,20 @@ CORE = [
 EXTRAS = {
     # Conversion needs nothing beyond the core; the name exists so that `lapa[convert]` keeps meaning it.
     "convert": [],
-    "sim": ["gymnasium>=1.0", "pymunk>=7.0", "matplotlib>=3.9", "scipy>=1.14"],
+    # The tabletop runs with pymunk 6.11 and 7; gym-pusht needs one below 7.
+    "sim": ["gymnasium>=1.0", "pymunk>=6.11", "matplotlib>=3.9", "scipy>=1.14"],
     # Its wheel imports `packaging` without naming it.
     "metaworld": ["metaworld>=3.1.1", "packaging", "scipy>=1.14"],
+    # What the simulator needs; itself it is on GitHub only, see docs/evaluation.md.
+    "language-table": [
+        "absl-py",
+        "gymnasium>=1.0",
+        "matplotlib>=3.9",
+        "opencv-python-headless",
+        "pybullet>=3.2.5; python_version < '3.12'",
+        "scipy>=1.14",
+    ],
+    "pusht": ["gym-pusht>=0.1.8", "pymunk>=6.11,<7"],
     "quantize": ["bitsandbytes>=0.49"],
     "unipi": ["diffusers>=0.35"],
 }

@@ -135,7 +135,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
 
     from lapa.evaluation import demo_stages as stages
     from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
-    from lapa.evaluation.rollout import DoNothing, ExpertController, PolicyController
+    from lapa.evaluation.rollout import ExpertController, StillController
     from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
     from lapa.processing.image_processing_lapa import LapaImageProcessor
     from lapa.processing.processing_lapa import LapaProcessor
@@ -199,7 +199,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
                 stages.play_policy(settings, playing, seed, paths[name], recorded), output, name
             ),
         )
-    for name, controller in (("expert", ExpertController()), ("do_nothing", PolicyController(DoNothing(2)))):
+    for name, controller in (("expert", ExpertController()), ("do_nothing", StillController())):
         results["rollouts"][name] = progress.stage(
             f"play {name}",
             lambda name=name, controller=controller: keep(

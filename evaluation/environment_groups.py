@@ -81,7 +81,7 @@ class EnvironmentGroup(ABC):
 
     @abstractmethod
     def send(self, method: str, arguments: Mapping[int, Any]) -> None:
-        """Asks some environments: `start`, `step` or `expert_action`, with an argument each."""
+        """Asks some environments: `start`, `step`, `expert_action` or `still_action`, with an argument each."""
 
     @abstractmethod
     def receive(self) -> dict[int, Any]:
@@ -110,7 +110,9 @@ class LocalGroup(EnvironmentGroup):
             environment = self._environments[slot] = self._environments[slot] or self._make()
             if method == "start":
                 return environment.start(*argument)
-            return environment.step(argument) if method == "step" else environment.expert_action()
+            if method == "step":
+                return environment.step(argument)
+            return environment.expert_action() if method == "expert_action" else environment.still_action()
         except EnvironmentMisused:
             raise
         except Exception as error:

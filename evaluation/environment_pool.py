@@ -65,6 +65,10 @@ class EnvironmentPool:
         """What the scripted experts of some environments do now."""
         return self._ask("expert_action", dict.fromkeys(slots))
 
+    def still_actions(self, slots: Sequence[int]) -> dict[int, NDArray[np.float32] | Failure | Restarted]:
+        """What does nothing now in some environments."""
+        return self._ask("still_action", dict.fromkeys(slots))
+
     def _ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
         for group in self._groups:
             group.send(method, {slot: arguments[slot] for slot in group.slots if slot in arguments})

@@ -104,6 +104,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.unnorm_key,
         args.device,
         args.replan_every,
+        suite.action_bounds(),
         do_sample=args.do_sample or None,
         temperature=args.temperature,
     )

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapa.evaluation.environments.base import Bounds
 from lapa.evaluation.rollout import (
     ChunkController,
     Controller,
-    DoNothing,
     EpisodeDraws,
     ExpertController,
     PolicyController,
     RandomActions,
+    StillController,
 )
 
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
@@ -53,6 +54,7 @@ def open_policy(
     unnorm_key: str | None = None,
     device: str | None = None,
     replan_every: int | None = None,
+    action_bounds: Bounds = (-1.0, 1.0),
     **generation: Any,
 ) -> NamedPolicy:
     """
@@ -66,6 +68,7 @@ def open_policy(
         device: Of a model; a GPU if there is one.
         replan_every: Steps that are played of a predicted chunk; when None all of them, or what a UniPi policy's config
             says. For models that predict chunks.
+        action_bounds: Between which `random` draws.
         generation: Of a model, as `do_sample`, `temperature`.
 
     Raises:
@@ -82,9 +85,9 @@ def open_policy(
         if name == EXPERT:
             return NamedPolicy(name, ExpertController(), {"policy": name}, _no_draws)
         if name == DO_NOTHING:
-            return NamedPolicy(name, PolicyController(DoNothing(action_dim)), {"policy": name}, _no_draws)
+            return NamedPolicy(name, StillController(), {"policy": name}, _no_draws)
         draws = EpisodeDraws()
-        moves = PolicyController(RandomActions(action_dim), draws=draws)
+        moves = PolicyController(RandomActions(action_dim, action_bounds), draws=draws)
         return NamedPolicy(name, moves, {"policy": name}, _no_draws, draws)
     return _open_model(name, action_dim, unnorm_key, device, replan_every, generation)
 

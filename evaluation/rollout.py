@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from lapa.evaluation.environment_pool import EnvironmentPool, Failure, Restarted, Start
-from lapa.evaluation.environments.base import Observation, StepResult
+from lapa.evaluation.environments.base import Bounds, Observation, StepResult
 
 if TYPE_CHECKING:
     from lapa.serving.policy import ChunkPlayer, Policy
@@ -173,27 +173,27 @@ class ExpertController(Controller):
         return pool.expert_actions(slots)
 
 
-class DoNothing:
-    """Stands still."""
+class StillController(Controller):
+    """Does nothing, in whatever way the environment does that."""
 
-    def __init__(self, action_dim: int) -> None:
-        self.action_dim = action_dim
-
-    def act(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> NDArray[np.float32]:
-        """See [`~lapa.serving.policy.Policy`]."""
-        return np.zeros((len(images), self.action_dim), dtype=np.float32)
+    def act(
+        self, pool: EnvironmentPool, slots: Sequence[int], observations: Sequence[Observation]
+    ) -> Mapping[int, NDArray[np.float32] | Failure | Restarted]:
+        """See [`Controller`]."""
+        return pool.still_actions(slots)
 
 
 class RandomActions:
     """
-    Moves uniformly at random in [-1, 1].
+    Moves uniformly at random.
 
     Args:
         action_dim: Length of an action.
+        bounds: Least and greatest values of an action's numbers, for all or for each.
     """
 
-    def __init__(self, action_dim: int) -> None:
-        self.action_dim = action_dim
+    def __init__(self, action_dim: int, bounds: Bounds = (-1.0, 1.0)) -> None:
+        self.action_dim, self.bounds = action_dim, bounds
 
     def act(
         self,
@@ -202,7 +202,7 @@ class RandomActions:
         draws: Sequence[np.random.Generator],
     ) -> NDArray[np.float32]:
         """See [`~lapa.serving.policy.Policy`]; `draws` holds a generator per robot."""
-        return np.stack([draw.uniform(-1, 1, self.action_dim) for draw in draws]).astype(np.float32)
+        return np.stack([draw.uniform(*self.bounds, self.action_dim) for draw in draws]).astype(np.float32)
 
 
 def roll_out(

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lapa.evaluation.environment_pool import MakeEnvironment, Start
+from lapa.evaluation.environments.base import Bounds
 
 # Adapters by the name that suites give them; imported when one is made.
 ENVIRONMENTS = {
     "tabletop": ("lapa.evaluation.environments.tabletop_adapter", "TabletopEvaluation"),
     "metaworld": ("lapa.evaluation.environments.metaworld", "MetaWorldEvaluation"),
+    "language_table": ("lapa.evaluation.environments.language_table", "LanguageTableEvaluation"),
+    "pusht": ("lapa.evaluation.environments.pusht", "PushTEvaluation"),
+    "simpler": ("lapa.evaluation.environments.simpler", "SimplerEvaluation"),
+    "libero": ("lapa.evaluation.environments.libero", "LiberoEvaluation"),
 }
 
 
@@ -73,6 +78,11 @@ class Suite:
     def action_dim(self) -> int:
         """Length of an action."""
         return int(_environment_class(self.environment).action_dim)
+
+    def action_bounds(self) -> Bounds:
+        """Least and greatest values of an action's numbers, for all or for each."""
+        bounds: Bounds = _environment_class(self.environment).action_bounds
+        return bounds
 
     def episodes(self, cell: Cell, rollouts: int | None = None) -> list[Start]:
         """Starts of a cell. Cells of one task in different groups get different ones."""

@@ -7,7 +7,7 @@ import pytest
 
 from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
-from lapa.evaluation.rollout import DoNothing, ExpertController, PolicyController, outcomes_by_family, roll_out
+from lapa.evaluation.rollout import ExpertController, PolicyController, StillController, outcomes_by_family, roll_out
 from lapa.evaluation.statistics import intervals_overlap, success_cell, success_table, wilson_interval
 
 
@@ -42,7 +42,7 @@ def test_tables_pool_over_families():
 
 make_environment = partial(TabletopEvaluation, families=("reach", "block_to_block"), image_size=32, num_blocks=2)
 EPISODES = [("reach", seed) for seed in range(5)] + [("block_to_block", seed) for seed in range(5)]
-do_nothing = PolicyController(DoNothing(2))
+do_nothing = StillController()
 
 
 def play(controller, size, num_processes=0, **options):

@@ -20,6 +20,7 @@ from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
 from lapa.hub_cards.card import RESULTS_NAME
 
+
 @dataclass(frozen=True)
 class InverseDynamicsSettings:
     """
