@@ -319,6 +319,43 @@ def _latent_examples(work: Work, processor: LapaProcessor, recording: stages.Rec
     return EncodedStepDataset(processor, recording.instructions[episode], vision, latent_action_codes=labels)
 
 
+def video_model(work: Work) -> dict[str, Any]:
+    """UniPi: a video model of the video and, so that it draws the arm that is played, the labelled episodes."""
+    from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
+    from lapa.evaluation.baselines.training import Schedule
+    from lapa.evaluation.baselines.unipi import write_unipi
+    from lapa.evaluation.baselines.video_diffusion_training import VideoSettings, clip_index, train_video_model
+
+    settings = work.settings
+    recordings = [work.recording("video"), work.recording("labelled")]
+    tokenizer = build_tokenizer(work.folder / "tokenizer.model", simulator_words())
+    config = VideoDiffusionConfig(
+        image_size=settings.image_size, text_vocab_size=len(tokenizer), **settings.video_model_options
+    )
+    clips, sentences, offset = [], [], 0
+    for recording in recordings:
+        frames, episode = clip_index(recording.lengths, config.num_frames, config.frame_gap)
+        clips.append(frames + offset)
+        sentences.append(recording.instructions[episode])
+        offset += len(recording.frames)
+    # Drawn as often as `video_model_labelled_share` says, by repetition: they are few.
+    share = settings.video_model_labelled_share
+    repeats = max(1, round(share / (1 - share) * len(clips[0]) / len(clips[1])))
+    clips[1], sentences[1] = np.tile(clips[1], (repeats, 1)), np.tile(sentences[1], repeats)
+    log = train_video_model(
+        np.concatenate([recording.frames for recording in recordings]),
+        np.concatenate(clips),
+        np.concatenate(sentences),
+        tokenizer,
+        config,
+        VideoSettings(Schedule(settings.video_model_steps, 64, settings.video_model_learning_rate)),
+        work.seed,
+        work.folder / "video",
+    )
+    write_unipi(work.folder / "video", work.inputs["inverse_dynamics"] / "model", work.folder / "model")
+    return {"final_loss": log[-1]["loss"]}
+
+
 def _suite(work: Work, name: str, splits: tuple[str, ...], rollouts: int, first_seed: int) -> Suite:
     options = {key: _plain(value) for key, value in stages.environment_options(work.settings).items()}
     cells = tuple(
@@ -384,7 +421,7 @@ def play(work: Work) -> dict[str, Any]:
 JOBS: dict[str, Callable[[Work], dict[str, Any]]] = {
     function.__name__: function
     for function in (video, labelled, held_out, image_tokens, quantizer, codes, inverse_dynamics, pseudo_actions,
-                     pretrain, finetune, choose, play)
+                     pretrain, finetune, video_model, choose, play)
 }  # fmt: skip
 
 

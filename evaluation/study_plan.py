@@ -26,7 +26,13 @@ READS: dict[str, tuple[str, ...]] = {
     "pseudo_actions": (),
     "pretrain": (*TRUNK, "frame_gap", "pretraining_steps", "pretraining_batch_size", "pretraining_learning_rate"),
     "finetune": (*TRUNK, "frame_gap", "finetuning_batch_size"),
-    "video_model": ("image_size", "video_model_steps", "video_model_finetuning_steps"),
+    "video_model": (
+        "image_size",
+        "video_model_steps",
+        "video_model_learning_rate",
+        "video_model_labelled_share",
+        "video_model_options",
+    ),
     "choose": (*WORLD, "validation_rollouts", "temperatures"),
     "play": (*WORLD, "rollouts_per_family"),
 }
