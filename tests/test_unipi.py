@@ -206,6 +206,23 @@ def test_guidance_moves_samples_away_from_those_without_an_instruction():
         tiny_video_model().generate(frame, ids, guidance_scale=2.0)
 
 
+def test_a_training_goes_on_from_a_folder(folders, tmp_path, tokenizer):
+    frames, clips = two_clips()
+    fields = SIZES | {"text_vocab_size": len(tokenizer), "num_inference_steps": 5}
+    settings = VideoSettings(Schedule(1, 2, 1e-9, num_checkpoints=1))
+
+    def train(**changes):
+        config = VideoDiffusionConfig(**fields | changes)
+        train_video_model(frames, clips, SENTENCES, tokenizer, config, settings, 0, tmp_path, start=folders / "video")
+        return VideoDiffusionModel.from_pretrained(tmp_path)
+
+    model, before = train(), VideoDiffusionModel.from_pretrained(folders / "video").state_dict()
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in model.state_dict().items())
+    assert model.config.num_inference_steps == 5
+    with pytest.raises(ValueError, match=r"`start` .* has `block_out_channels` \[16, 32\], `config` has \[16, 16\]"):
+        train(block_out_channels=[16, 16])
+
+
 def test_padding_does_not_change_a_sample():
     model = tiny_video_model().eval()
     frame = torch.rand(1, 3, 16, 16)

@@ -23,6 +23,7 @@ SIZES = (
     "layers_per_block", "attention_head_dim", "norm_num_groups", "text_vocab_size", "text_hidden_size", "text_num_layers",
     "text_num_heads", "max_text_length", "num_train_timesteps", "prediction_type", "predict_change", "sample_scale",
 )  # fmt: skip
+SAMPLING = ("num_inference_steps", "guidance_scale", "text_dropout", "replan_every")
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ def train_video_model(
         settings: Schedule.
         seed: Of the weights, the order of the clips and the noise.
         output: Folder to write.
-        start: Folder of a trained model to go on from, as when labelled episodes follow the video; its config must be
-            `config`. A fresh model when None.
+        start: Folder of a trained model to go on from, as when labelled episodes follow the video; its sizes must be
+            those of `config`. A fresh model when None.
 
     Returns:
         The log, rows with `loss`.
@@ -213,6 +214,8 @@ def _load(start: Path, config: VideoDiffusionConfig) -> VideoDiffusionModel:
     if different:
         name = different[0]
         raise ValueError(f"`start` ({start}) has `{name}` {ours[name]}, `config` has {theirs[name]}.")
+    for name in SAMPLING:
+        setattr(model.config, name, getattr(config, name))
     return model
 
 
