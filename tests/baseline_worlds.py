@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
+from lapa.evaluation.baselines.inverse_dynamics_training import InverseDynamicsSettings
+from lapa.evaluation.baselines.training import Schedule
+
 
 def draw(position: np.ndarray, size: int = 16, colour: tuple[int, int, int] = (230, 60, 40)) -> np.ndarray:
     """(size, size, 3) uint8 with a square of 4 x 4 pixels; a place between pixels blends over them."""
@@ -23,3 +27,15 @@ def moving_squares(num_pairs: int, seed: int, size: int = 16) -> tuple[np.ndarra
     first = np.stack([draw(place, size) for place in places])
     second = np.stack([draw(place + move, size) for place, move in zip(places, moves)])
     return first, second, (10 * moves).astype(np.float32)
+
+
+INVERSE_DYNAMICS = InverseDynamicsConfig(
+    image_size=16,
+    action_dim=2,
+    embedding_size=8,
+    hidden_sizes=[16, 32],
+    depths=[1, 1],
+    stem_pooling=False,
+    mlp_hidden_size=32,
+)
+SQUARE_SETTINGS = InverseDynamicsSettings(Schedule(300, 32, 5e-3, num_checkpoints=2), max_shift=1)

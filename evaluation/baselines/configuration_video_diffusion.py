@@ -18,6 +18,8 @@ class VideoDiffusionConfig(PreTrainedConfig):
         num_channels (`int`, defaults to 3): Colour channels of a frame.
         num_frames (`int`, defaults to 4): Frames that are generated at once.
         frame_gap (`int`, defaults to 1): Control steps from one frame to the next, the current frame being the first.
+        patch_size (`int`, defaults to 1): Pixels along one side of the squares that become one place of the U-Net, their
+            values its channels. More is cheaper.
         block_out_channels (`list[int]`, defaults to `[64, 128, 256]`): Channels of each level of the U-Net; between two
             levels the resolution halves.
         cross_attention_levels (`list[int]`, defaults to `[1, 2]`): Levels, counted from 0, whose blocks attend to the
@@ -50,6 +52,7 @@ class VideoDiffusionConfig(PreTrainedConfig):
     num_channels: int = 3
     num_frames: int = 4
     frame_gap: int = 1
+    patch_size: int = 1
     block_out_channels: list[int] | tuple[int, ...] = (64, 128, 256)
     cross_attention_levels: list[int] | tuple[int, ...] = (1, 2)
     layers_per_block: int = 1
@@ -74,9 +77,14 @@ class VideoDiffusionConfig(PreTrainedConfig):
         """Control steps that a sample reaches ahead."""
         return self.num_frames * self.frame_gap
 
+    @property
+    def place_channels(self) -> int:
+        """Numbers of one frame at one place of the U-Net."""
+        return self.num_channels * self.patch_size**2
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: sizes that cannot work together."""
-        for name in ("image_size", "num_channels", "num_frames", "frame_gap", "layers_per_block", "attention_head_dim",
+        for name in ("image_size", "num_channels", "num_frames", "frame_gap", "patch_size", "layers_per_block", "attention_head_dim",
                      "norm_num_groups", "text_vocab_size", "text_hidden_size", "text_num_layers", "text_num_heads",
                      "max_text_length", "num_train_timesteps", "num_inference_steps", "replan_every"):  # fmt: skip
             self._refuse_below(name, 1)
@@ -86,10 +94,11 @@ class VideoDiffusionConfig(PreTrainedConfig):
                 f"{self.block_out_channels}."
             )
         levels = len(self.block_out_channels)
-        if self.image_size % 2 ** (levels - 1):
+        factor = self.patch_size * 2 ** (levels - 1)
+        if self.image_size % factor:
             raise ValueError(
-                f"`image_size` ({self.image_size}) is not a multiple of {2 ** (levels - 1)}, the downsampling of {levels} "
-                "`block_out_channels`."
+                f"`image_size` ({self.image_size}) is not a multiple of {factor}, `patch_size` ({self.patch_size}) times the "
+                f"downsampling of {levels} `block_out_channels`."
             )
         if not self.cross_attention_levels or not set(self.cross_attention_levels) <= set(range(levels)):
             raise ValueError(

@@ -189,7 +189,8 @@ def train_inverse_dynamics(
         episode: (num_pairs,) which episode a pair is from, by which data are held out; every pair by itself when None.
 
     Returns:
-        The log: `loss`, and with data held out `eval_loss`, `eval_r2` and R^2 per dimension.
+        The log of the training, rows with `loss`. With data held out, `eval_loss`, `eval_r2` and R^2 per dimension stand in
+        `trainer_state.json`, and R^2 of the model that is kept in `lapa_results.json` and on its card.
 
     Raises:
         ValueError: Rows of unequal number, actions of another size, too little to hold anything out.

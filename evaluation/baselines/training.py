@@ -89,12 +89,15 @@ class BaselineTrainer(SafeCheckpoints, MetricsTrainer):
 
 
 def train_to_end(trainer: SafeCheckpoints) -> list[dict[str, float]]:
-    """Train, from the last whole checkpoint if there is one, save the model, and return the log."""
+    """Train, from the last whole checkpoint if there is one, save the model, and return the rows of the log with a `loss`.
+
+    What was evaluated in between stands in `trainer_state.json`.
+    """
     output = str(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model()
     trainer.save_state()
-    return list(trainer.state.log_history)
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 __all__ = ["BaselineTrainer", "Schedule", "train_to_end"]

@@ -88,9 +88,9 @@ class VideoDiffusionModel(PreTrainedModel):
         attends = [level in config.cross_attention_levels for level in range(len(config.block_out_channels))]
         self.instruction_encoder = InstructionEncoder(config)
         self.unet = diffusers.UNet2DConditionModel(
-            sample_size=config.image_size,
-            in_channels=(config.num_frames + 1) * config.num_channels,
-            out_channels=config.num_frames * config.num_channels,
+            sample_size=config.image_size // config.patch_size,
+            in_channels=(config.num_frames + 1) * config.place_channels,
+            out_channels=config.num_frames * config.place_channels,
             block_out_channels=tuple(config.block_out_channels),
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
@@ -199,7 +199,8 @@ class VideoDiffusionModel(PreTrainedModel):
         hidden = torch.zeros(batch, dtype=torch.bool, device=frame.device)
         seen = self._read(input_ids, attention_mask, hidden)
         blind = None if scale == 1 else self._read(input_ids, attention_mask, ~hidden)
-        shape = (batch, config.num_frames * config.num_channels, config.image_size, config.image_size)
+        side = config.image_size // config.patch_size
+        shape = (batch, config.num_frames * config.place_channels, side, side)
         sample = torch.randn(shape, generator=generator, device=frame.device)
         for step in scheduler.timesteps:
             predicted = self._denoise(sample, step, frame, seen)
@@ -210,13 +211,15 @@ class VideoDiffusionModel(PreTrainedModel):
         return self._to_frames(frame, sample)
 
     def _to_sample(self, frame: torch.Tensor, next_frames: torch.Tensor) -> torch.Tensor:
-        """What noise is added to, (batch, num_frames * channels, height, width)."""
+        """What noise is added to, (batch, num_frames * place_channels, rows, columns)."""
         values = next_frames - frame.unsqueeze(1) if self.config.predict_change else 2 * next_frames - 1
-        return values.flatten(1, 2).to(self.dtype) * self.config.sample_scale
+        places = F.pixel_unshuffle(values.flatten(1, 2).to(self.dtype), self.config.patch_size)
+        return places * self.config.sample_scale
 
     def _to_frames(self, frame: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Undoes `_to_sample`; clipped to [0, 1]."""
-        values = (sample / self.config.sample_scale).unflatten(1, (self.config.num_frames, self.config.num_channels))
+        pixels = F.pixel_shuffle(sample / self.config.sample_scale, self.config.patch_size)
+        values = pixels.unflatten(1, (self.config.num_frames, self.config.num_channels))
         frames = values + frame.unsqueeze(1) if self.config.predict_change else (values + 1) / 2
         return frames.clamp(0, 1)
 
@@ -236,7 +239,8 @@ class VideoDiffusionModel(PreTrainedModel):
     ) -> torch.Tensor:
         """Prediction of the U-Net for noisy samples."""
         embedded, mask = instruction
-        inputs = torch.cat((sample, 2 * frame.to(sample.dtype) - 1), dim=1)
+        current = F.pixel_unshuffle(2 * frame.to(sample.dtype) - 1, self.config.patch_size)
+        inputs = torch.cat((sample, current), dim=1)
         predicted: torch.Tensor = self.unet(
             inputs, steps, encoder_hidden_states=embedded, encoder_attention_mask=mask.bool()
         ).sample

@@ -1,5 +1,6 @@
 """Training UniPi's video model on clips."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from lapa.evaluation.baselines.card import write_card
 from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
 from lapa.evaluation.baselines.video_diffusion import VideoDiffusionModel
+
+# Fields that weights, or what they mean, depend on.
+SIZES = (
+    "image_size", "num_channels", "num_frames", "frame_gap", "patch_size", "block_out_channels", "cross_attention_levels",
+    "layers_per_block", "attention_head_dim", "norm_num_groups", "text_vocab_size", "text_hidden_size", "text_num_layers",
+    "text_num_heads", "max_text_length", "num_train_timesteps", "prediction_type", "predict_change", "sample_scale",
+)  # fmt: skip
+SAMPLING = ("num_inference_steps", "guidance_scale", "text_dropout", "replan_every")
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,7 @@ def train_video_model(
     settings: VideoSettings,
     seed: int,
     output: Path,
+    start: Path | None = None,
 ) -> list[dict[str, float]]:
     """
     Train a model on clips and leave it in `output`, with its tokenizer; an interrupted training goes on from its last
@@ -167,12 +177,14 @@ def train_video_model(
         settings: Schedule.
         seed: Of the weights, the order of the clips and the noise.
         output: Folder to write.
+        start: Folder of a trained model to go on from, as when labelled episodes follow the video; its sizes must be
+            those of `config`. A fresh model when None.
 
     Returns:
-        The log: `loss`.
+        The log, rows with `loss`.
 
     Raises:
-        ValueError: See [`ClipDataset`]; clips of another length, a tokenizer that is too large.
+        ValueError: See [`ClipDataset`]; clips of another length, a tokenizer that is too large, a `start` of other sizes.
     """
     if clips.ndim == 2 and clips.shape[1] != 1 + config.num_frames:
         raise ValueError(
@@ -184,7 +196,7 @@ def train_video_model(
         )
     set_seed(seed)
     trainer = VideoDiffusionTrainer(
-        model=VideoDiffusionModel(config),
+        model=VideoDiffusionModel(config) if start is None else _load(start, config),
         args=settings.schedule.arguments(output, seed, evaluates=False),
         train_dataset=ClipDataset(frames, clips, instructions, tokenizer, config.max_text_length),
         processing_class=tokenizer,
@@ -192,6 +204,19 @@ def train_video_model(
     log = train_to_end(trainer)
     write_card(output, config)
     return log
+
+
+def _load(start: Path, config: VideoDiffusionConfig) -> VideoDiffusionModel:
+    model: VideoDiffusionModel = VideoDiffusionModel.from_pretrained(start)
+    # Lists are tuples before they are written.
+    ours, theirs = (json.loads(c.to_json_string(use_diff=False)) for c in (model.config, config))
+    different = [name for name in SIZES if ours[name] != theirs[name]]
+    if different:
+        name = different[0]
+        raise ValueError(f"`start` ({start}) has `{name}` {ours[name]}, `config` has {theirs[name]}.")
+    for name in SAMPLING:
+        setattr(model.config, name, getattr(config, name))
+    return model
 
 
 __all__ = [
