@@ -29,8 +29,9 @@ class StudySettings(DemoSettings):
             one is played, and at which temperature, is chosen on the validation episodes.
         inverse_dynamics_steps, video_model_steps: Optimizer steps of VPT's and UniPi's models.
         inverse_dynamics_sizes: Channels of the stages of the former.
-        video_model_learning_rate, video_model_options: Of UniPi's video model; the latter are fields of its config.
-        video_model_labelled_share: Share of the clips it sees that are of the labelled episodes, as the arm must be drawn.
+        video_model_finetuning_steps: Steps that UniPi's video model goes on with on the labelled episodes.
+        video_model_batch_size, video_model_learning_rate, video_model_options: Of its training; the last are fields of its
+            config.
         held_out_episodes: Labelled episodes per family on which token accuracy is measured; never trained on.
     """
 
@@ -40,15 +41,20 @@ class StudySettings(DemoSettings):
     finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
     inverse_dynamics_steps: int = 800
     inverse_dynamics_sizes: tuple[int, ...] = (32, 64)
-    video_model_steps: int = 1500
+    video_model_steps: int = 1000
+    video_model_finetuning_steps: int = 150
+    video_model_batch_size: int = 32
     video_model_learning_rate: float = 2e-3
-    video_model_labelled_share: float = 0.2
     video_model_options: dict[str, Any] = field(
         default_factory=lambda: {
             "num_frames": 2,
-            "block_out_channels": [32, 64],
-            "cross_attention_levels": [1],
-            "text_hidden_size": 64,
+            "patch_size": 2,
+            "block_out_channels": [32, 48, 64],
+            "attention_head_dim": 16,
+            "text_hidden_size": 48,
+            "text_num_layers": 1,
+            "max_text_length": 24,
+            "num_inference_steps": 5,
         }
     )
     held_out_episodes: int = 20

@@ -320,40 +320,40 @@ def _latent_examples(work: Work, processor: LapaProcessor, recording: stages.Rec
 
 
 def video_model(work: Work) -> dict[str, Any]:
-    """UniPi: a video model of the video and, so that it draws the arm that is played, the labelled episodes."""
+    """UniPi: a video model of the video, which then goes on with the labelled episodes, because the arm is what it must draw."""
     from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
     from lapa.evaluation.baselines.training import Schedule
     from lapa.evaluation.baselines.unipi import write_unipi
     from lapa.evaluation.baselines.video_diffusion_training import VideoSettings, clip_index, train_video_model
 
     settings = work.settings
-    recordings = [work.recording("video"), work.recording("labelled")]
     tokenizer = build_tokenizer(work.folder / "tokenizer.model", simulator_words())
     config = VideoDiffusionConfig(
         image_size=settings.image_size, text_vocab_size=len(tokenizer), **settings.video_model_options
     )
-    clips, sentences, offset = [], [], 0
-    for recording in recordings:
-        frames, episode = clip_index(recording.lengths, config.num_frames, config.frame_gap)
-        clips.append(frames + offset)
-        sentences.append(recording.instructions[episode])
-        offset += len(recording.frames)
-    # Drawn as often as `video_model_labelled_share` says, by repetition: they are few.
-    share = settings.video_model_labelled_share
-    repeats = max(1, round(share / (1 - share) * len(clips[0]) / len(clips[1])))
-    clips[1], sentences[1] = np.tile(clips[1], (repeats, 1)), np.tile(sentences[1], repeats)
-    log = train_video_model(
-        np.concatenate([recording.frames for recording in recordings]),
-        np.concatenate(clips),
-        np.concatenate(sentences),
-        tokenizer,
-        config,
-        VideoSettings(Schedule(settings.video_model_steps, 64, settings.video_model_learning_rate)),
-        work.seed,
-        work.folder / "video",
-    )
-    write_unipi(work.folder / "video", work.inputs["inverse_dynamics"] / "model", work.folder / "model")
-    return {"final_loss": log[-1]["loss"]}
+    start, losses = None, {}
+    for role, steps in (
+        ("video", settings.video_model_steps),
+        ("labelled", settings.video_model_finetuning_steps),
+    ):
+        recording = work.recording(role)
+        clips, episode = clip_index(recording.lengths, config.num_frames, config.frame_gap)
+        schedule = Schedule(steps, settings.video_model_batch_size, settings.video_model_learning_rate)
+        log = train_video_model(
+            recording.frames,
+            clips,
+            recording.instructions[episode],
+            tokenizer,
+            config,
+            VideoSettings(schedule),
+            work.seed,
+            work.folder / role,
+            start=start,
+        )
+        start = work.folder / role
+        losses[f"loss_on_{role}"] = log[-1]["loss"]
+    write_unipi(work.folder / "labelled", work.inputs["inverse_dynamics"] / "model", work.folder / "model")
+    return losses
 
 
 def _suite(work: Work, name: str, splits: tuple[str, ...], rollouts: int, first_seed: int) -> Suite:

@@ -29,8 +29,9 @@ READS: dict[str, tuple[str, ...]] = {
     "video_model": (
         "image_size",
         "video_model_steps",
+        "video_model_finetuning_steps",
+        "video_model_batch_size",
         "video_model_learning_rate",
-        "video_model_labelled_share",
         "video_model_options",
     ),
     "choose": (*WORLD, "validation_rollouts", "temperatures"),
