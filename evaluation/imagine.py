@@ -191,8 +191,8 @@ def imagine(
     codes, probabilities = [], []
     for _ in range(steps):
         chosen, probability = policy.codes(seen, instructions)
-        seen = world.next_frames(frames[-1], chosen, instructions)
-        frames.append(np.asarray(seen))
+        frames.append(world.next_frames(frames[-1], chosen, instructions))
+        seen = list(frames[-1])
         codes.append(chosen)
         probabilities.append(probability)
     return ImaginedRollouts(np.stack(frames, 1), np.stack(codes, 1), np.stack(probabilities, 1))

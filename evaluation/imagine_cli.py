@@ -71,19 +71,16 @@ def main(
 ) -> int:
     """Run with command-line arguments."""
     args = make_parser(parser_class).parse_args(arguments)
-    needed, refused = ("policy",), OF_IMAGES
-    if args.suite is None:
-        needed, refused = ("image", "instruction"), OF_SUITES
-    for name in refused:
+    for name in OF_IMAGES if args.suite else OF_SUITES:
         if getattr(args, name) not in (None, False):
             raise ValueError(f"`{name}` does not apply {'with' if args.suite else 'without'} `suite`.")
-    for name in needed:
+    for name in ("policy",) if args.suite else ("image", "instruction"):
         if getattr(args, name) is None:
             raise ValueError(f"`{name}` must be given{' with `suite`' if args.suite else ' (or `suite`)'}.")
     for name, least in (("steps", 1), ("scale", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    return _from_images(args) if args.suite is None else _against_suite(args)
+    return _against_suite(args) if args.suite else _from_images(args)
 
 
 def image_files(given: Sequence[str]) -> list[Path]:
