@@ -226,6 +226,7 @@ def write_report(run: ImagineSuite, report: dict[str, Any], output: Path) -> Pat
         "ways": WAYS,
         "kinds": KINDS,
         "number": number,
+        "notes": NOTES,
     }
     rows = {kind: brief(report["all"]["horizon"][kind]) for kind in KINDS}
     html = page.render("imagine_report.html", report=report, plots=plots, shown=shown, rows=rows, last=LAST, **names)
