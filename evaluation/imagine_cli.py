@@ -80,6 +80,9 @@ def main(
     for name, least in (("steps", 1), ("scale", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading weights
     return _against_suite(args) if args.suite else _from_images(args)
 
 
