@@ -187,12 +187,12 @@ def imagine(
     if seed is not None:
         torch.manual_seed(seed)
     seen: Sequence[Frame] = [decode_image(image) for image in images]
-    frames = [np.stack([resize_frame(image, world.size) for image in seen])]
+    frames: list[Frame] = [np.stack([resize_frame(image, world.size) for image in seen])]
     codes, probabilities = [], []
     for _ in range(steps):
         chosen, probability = policy.codes(seen, instructions)
-        seen = world.next_frames(frames[-1], chosen, instructions)
-        frames.append(np.asarray(seen))
+        frames.append(world.next_frames(frames[-1], chosen, instructions))
+        seen = list(frames[-1])
         codes.append(chosen)
         probabilities.append(probability)
     return ImaginedRollouts(np.stack(frames, 1), np.stack(codes, 1), np.stack(probabilities, 1))

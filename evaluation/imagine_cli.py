@@ -21,8 +21,8 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 DEFAULT_STEPS = 16
 # Pictures are enlarged to about this height, and a step lasts this long where the quantizer does not tell its gap.
 SHOWN_HEIGHT, DEFAULT_SECONDS = 256, 0.4
-OF_IMAGES = ("image", "instruction", "scale")
-OF_SUITES = (
+OF_IMAGES: tuple[str, ...] = ("image", "instruction", "scale")
+OF_SUITES: tuple[str, ...] = (
     "policy", "rollouts", "frame_gap", "policy_do_sample", "policy_temperature", "unnorm_key", "num_environments",
     "num_shown", "judge_rollouts",
 )  # fmt: skip
@@ -71,19 +71,20 @@ def main(
 ) -> int:
     """Run with command-line arguments."""
     args = make_parser(parser_class).parse_args(arguments)
-    needed, refused = ("policy",), OF_IMAGES
-    if args.suite is None:
-        needed, refused = ("image", "instruction"), OF_SUITES
-    for name in refused:
+    for name in OF_IMAGES if args.suite else OF_SUITES:
         if getattr(args, name) not in (None, False):
             raise ValueError(f"`{name}` does not apply {'with' if args.suite else 'without'} `suite`.")
-    for name in needed:
+    required: tuple[str, ...] = ("policy",) if args.suite else ("image", "instruction")
+    for name in required:
         if getattr(args, name) is None:
             raise ValueError(f"`{name}` must be given{' with `suite`' if args.suite else ' (or `suite`)'}.")
     for name, least in (("steps", 1), ("scale", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    return _from_images(args) if args.suite is None else _against_suite(args)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading weights
+    return _against_suite(args) if args.suite else _from_images(args)
 
 
 def image_files(given: Sequence[str]) -> list[Path]:

@@ -141,7 +141,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
     lines += [
         "",
-        "Accuracy and balanced accuracy of a second play say how much any prediction of a sampling policy can know.",
+        NOTES,
     ]
     lines += ["", "## The judge on frames whose truth is known (balanced accuracy, %)", ""]
     lines += ["| cell | frames | true frames | drawn one step from a true frame | judged |", "|---" * 5 + "|"]
@@ -156,6 +156,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+NOTES = (
+    "A second play is the finetuned policy from the same start with other draws: a world model without error would agree like "
+    "this. Of all cells together some of the agreement is knowing which cell is easy; the rows of single cells leave that out."
+)
 _HEADER = (
     "| cell | success told by | both solved | only told | only simulator | neither | accuracy | commoner ending alone | "
     "balanced accuracy |"
@@ -222,6 +226,7 @@ def write_report(run: ImagineSuite, report: dict[str, Any], output: Path) -> Pat
         "ways": WAYS,
         "kinds": KINDS,
         "number": number,
+        "notes": NOTES,
     }
     rows = {kind: brief(report["all"]["horizon"][kind]) for kind in KINDS}
     html = page.render("imagine_report.html", report=report, plots=plots, shown=shown, rows=rows, last=LAST, **names)

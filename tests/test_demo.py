@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from shared_files import shared_path
 
 from lapa.cli import main
@@ -14,6 +15,9 @@ from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED
 from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
 from lapa.evaluation.statistics import success_cell
 from lapa.processing.processing_lapa import PROMPT, LapaProcessor
+from lapa.training.label_latent_actions import hash_weights
+from lapa.training.lineage import hash_model
+from lapa.training.trained_settings import read_training_settings
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,24 @@ def test_report_has_the_promised_shape(finished):
     html = (finished / "report.html").read_text()
     assert "data:image/gif" in html
     assert html.count("<svg") == 5
+
+
+def test_its_models_record_where_their_codes_come_from(finished, tmp_path):
+    quantizer = hash_weights(finished / "quantizer")
+    pretrained, finetuned, scratch = (
+        LapaConfig.from_pretrained(finished / name) for name in ("pretrained", "lapa", "scratch")
+    )
+    assert (pretrained.quantizer_hash, pretrained.quantizer_name) == (quantizer, "quantizer")
+    assert (finetuned.quantizer_hash, finetuned.latent_policy_hash) == (quantizer, hash_model(finished / "pretrained"))
+    assert (scratch.quantizer_hash, scratch.latent_policy_hash) == (None, None)
+    settings = read_training_settings(str(finished / "quantizer"))
+    assert (settings["frame_gap"], settings["frequency"]) == (4, 10.0)
+    picture = tmp_path / "start.png"
+    Image.fromarray(np.load(finished / "video.npz")["frames"][0]).save(picture)
+    models = ["--model", str(finished / "pretrained"), "--quantizer", str(finished / "quantizer")]
+    arguments = ["--image", str(picture), "--instruction", "reach the red cube", "--output", str(tmp_path / "a.gif")]
+    assert main(["imagine", *models, *arguments]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["seconds_per_step"] == 0.4
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """VPT's inverse dynamics model: which action leads from one frame to the next."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class InverseDynamicsModel(PreTrainedModel):
             )
         )
         if not config.stem_pooling:
-            self.resnet.embedder.pooler = nn.Identity()
+            embedder: Any = self.resnet.embedder
+            embedder.pooler = nn.Identity()
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden_sizes[-1], config.mlp_hidden_size),
             nn.ReLU(),
