@@ -27,8 +27,8 @@ def random_moves():
     return PolicyController(RandomActions(2), draws=EpisodeDraws(5))
 
 
-def play(make, controller, size=8, num_processes=1, episodes=EPISODES):
-    with EnvironmentPool(make, size, num_processes, timeout=1.5) as pool:
+def play(make, controller, size=8, num_processes=1, episodes=EPISODES, timeout=60):
+    with EnvironmentPool(make, size, num_processes, timeout) as pool:
         return roll_out(pool, controller, episodes, range(len(episodes)), description=None)
 
 
@@ -37,7 +37,7 @@ def test_a_crash_or_hang_costs_its_own_episode_alone(controller):
     undisturbed = play(partial(TabletopEvaluation, **OPTIONS), controller(), num_processes=0)
     assert min(rollout.num_steps for rollout in undisturbed) > 3
     # One process for all: seed 1 raises, seed 3 kills it, seed 6 makes it hang.
-    disturbed = play(partial(Fragile, **OPTIONS), controller())
+    disturbed = play(partial(Fragile, **OPTIONS), controller(), timeout=4)
     for seed, ending in ((1, "crashed"), (3, "crashed"), (6, "hung")):
         assert (disturbed[seed].ending, disturbed[seed].success, disturbed[seed].num_steps) == (ending, False, 2)
     for seed in (0, 2, 4, 5, 7):
