@@ -65,14 +65,43 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             f"{restarted} episodes began again after another one had taken their simulator's process with it.",
         ]
+    lines += _partial_results(report)
     if report["published"]:
         lines += [
             "",
             "Published numbers, of other policies in their own environments; not comparable cell by cell:",
             "",
         ]
-        lines += [f"- {name}: {value}" for name, value in report["published"].items()]
+        lines += [f"- {name}: {_in_words(value)}" for name, value in report["published"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _partial_results(report: Mapping[str, Any]) -> list[str]:
+    """A table of what was reached at any step, beside what doing nothing reaches, in percent; no lines if nothing was."""
+    still = (report.get(DO_NOTHING) or {}).get("cells", {})
+    rows = [
+        f"| {cell} | {name} | {percent(reached)} | {_reached_without(still.get(cell), name)} |"
+        for cell, values in report["cells"].items()
+        for name, reached in values.get("progress", {}).items()
+    ]
+    if not rows:
+        return []
+    header = ["| cell | partial result | reached | do nothing |", "|---|---|---|---|"]
+    return ["", "Partial results that were reached at any step of an episode, in %:", "", *header, *rows]
+
+
+def _reached_without(still: Mapping[str, Any] | None, name: str) -> str:
+    """How often doing nothing reaches a partial result; a report leaves out what no episode reached."""
+    if still is None:
+        return ""
+    return f"{100 * still.get('progress', {}).get(name, {'success': 0.0})['success']:.1f}"
+
+
+def _in_words(published: Any) -> str:
+    """A published row: `LAPA 57.3, VPT 51.0`."""
+    if isinstance(published, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in published.items())
+    return str(published)
 
 
 def write_report(evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
@@ -100,7 +129,14 @@ def write_report(evaluation: Evaluation, baseline: Evaluation | None) -> dict[st
     write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
     write_atomically(output / "report.md", markdown(report).encode())
     shown = _shown(suite, output, evaluation.log.outcomes(suite))
-    html = page.render("evaluation_report.html", report=report, shown=shown, baseline=report.get(DO_NOTHING) or {})
+    published = {name: _in_words(value) for name, value in suite.published.items()}
+    html = page.render(
+        "evaluation_report.html",
+        report=report,
+        shown=shown,
+        baseline=report.get(DO_NOTHING) or {},
+        published=published,
+    )
     write_atomically(output / "report.html", html.encode())
     return report
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
+from importlib import resources
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from simulator_doubles import module_tree
 
+from lapa.cli import main
 from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.base import EnvironmentMisused
 from lapa.evaluation.environments.pusht import INSTRUCTION, PushTEvaluation
@@ -59,6 +61,23 @@ def test_coverage_counts_as_progress_and_doing_nothing_stays(double):
     assert (rollout.success, rollout.num_steps) == (True, 4)
     assert rollout.progress == ("covered_25", "covered_50", "covered_75")
     assert pool._groups[0]._environments[0]._environment.place.tolist() == [107, 50]
+
+
+def test_the_report_shows_partial_results_and_published_rows(double, tmp_path):
+    text = (resources.files("lapa.evaluation") / "suites" / "pusht.yaml").read_text()
+    suite = tmp_path / "short.yaml"
+    # Two steps cover 0.6 of the outline.
+    suite.write_text(text.replace("max_steps: 300", "max_steps: 2") + "published: {elsewhere: {A: 1.5, B: 2 / 3}}\n")
+    arguments = ["--suite", str(suite), "--policy", "random", "--rollouts", "4", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *arguments]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| pusht/push_t | 0.0 [0.0, 49.0] | 4 | 0.0 | 0 | 0 |" in page
+    assert "| pusht/push_t | covered_50 | 100.0 [51.0, 100.0] | 100.0 |" in page
+    assert "covered_75" not in page
+    assert "- elsewhere: A 1.5, B 2 / 3\n" in page
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("Partial results") == 1
+    assert "A 1.5, B 2 / 3" in html
 
 
 def test_an_episode_is_cut_off_and_mistakes_are_named(double, monkeypatch):
