@@ -15,6 +15,7 @@ from lapa.evaluation.environment_pool import MakeEnvironment, Start
 ENVIRONMENTS = {
     "tabletop": ("lapa.evaluation.environments.tabletop_adapter", "TabletopEvaluation"),
     "metaworld": ("lapa.evaluation.environments.metaworld", "MetaWorldEvaluation"),
+    "gymnasium": ("lapa.evaluation.environments.gymnasium_adapter", "GymnasiumEvaluation"),
 }
 
 
@@ -68,7 +69,13 @@ class Suite:
 
     def action_dim(self) -> int:
         """Length of an action."""
-        return int(_environment_class(self.environment).action_dim)
+        fixed = int(_environment_class(self.environment).action_dim)
+        if fixed:
+            return fixed
+        # It depends on the task.
+        with self.make(self.cells[0])() as environment:
+            environment.start(self.cells[0].task, self.first_seed)
+            return environment.action_dim
 
     def episodes(self, cell: Cell, rollouts: int | None = None) -> list[Start]:
         """Starts of a cell. Cells of one task in different groups get different ones."""
