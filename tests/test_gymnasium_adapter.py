@@ -1,7 +1,6 @@
 """Any environment of Gymnasium through the adapter."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ OPTIONS = {"instruction": "go to the middle", "image": "pixels.top", "proprio": 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    yield
-    sys.modules.pop("gymnasium_reach", None)
 
 
 def test_an_episode_is_what_the_environment_says():
