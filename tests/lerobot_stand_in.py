@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 
-class FeatureType(str, enum.Enum):
+class FeatureType(enum.StrEnum):
     STATE, VISUAL, ENV, ACTION = "STATE", "VISUAL", "ENV", "ACTION"
 
 
-class NormalizationMode(str, enum.Enum):
+class NormalizationMode(enum.StrEnum):
     MIN_MAX, MEAN_STD, IDENTITY = "MIN_MAX", "MEAN_STD", "IDENTITY"
 
 
