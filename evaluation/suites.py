@@ -21,6 +21,7 @@ ENVIRONMENTS = {
     "pusht": ("lapa.evaluation.environments.pusht", "PushTEvaluation"),
     "simpler": ("lapa.evaluation.environments.simpler", "SimplerEvaluation"),
     "libero": ("lapa.evaluation.environments.libero", "LiberoEvaluation"),
+    "gymnasium": ("lapa.evaluation.environments.gymnasium_adapter", "GymnasiumEvaluation"),
 }
 
 
@@ -77,7 +78,13 @@ class Suite:
 
     def action_dim(self) -> int:
         """Length of an action."""
-        return int(_environment_class(self.environment).action_dim)
+        fixed = int(_environment_class(self.environment).action_dim)
+        if fixed:
+            return fixed
+        # It depends on the task.
+        with self.make(self.cells[0])() as environment:
+            environment.start(self.cells[0].task, self.first_seed)
+            return environment.action_dim
 
     def action_bounds(self) -> Bounds:
         """Least and greatest values of an action's numbers, for all or for each."""
