@@ -44,7 +44,7 @@ SIZES = {
     "text_hidden_size": 16,
     "text_num_layers": 1,
     "text_num_heads": 2,
-    "max_text_length": 8,
+    "max_text_length": 40,
     "num_inference_steps": 8,
 }
 
@@ -134,7 +134,7 @@ def test_a_folder_plays_and_plans_again_after_two_actions(folders, monkeypatch):
     planned = []
     original = UniPiPolicy.plan
     monkeypatch.setattr(UniPiPolicy, "plan", lambda self, *args: planned.append(len(args[0])) or original(self, *args))
-    make = partial(TabletopEvaluation, families=("reach",), image_size=16, num_blocks=1, max_steps=5)
+    make = partial(TabletopEvaluation, families=("reach",), image_size=16, num_blocks=2, max_steps=5)
     with EnvironmentPool(make, 3) as pool:
         rollouts = roll_out(pool, policy.controller, [("reach", seed) for seed in range(3)], description=None)
     assert [rollout.num_steps for rollout in rollouts] == [5, 5, 5]
@@ -326,8 +326,8 @@ def test_data_that_do_not_fit_are_refused_by_name(tokenizer, tmp_path):
         model.generate(frame[0], ids)
     with pytest.raises(ValueError, match="`frame` must be floating"):
         model.generate((frame * 255).to(torch.uint8), ids)
-    with pytest.raises(ValueError, match=r"`input_ids` must have shape \(1, length\) with at most 8 tokens"):
-        model.generate(frame, torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"`input_ids` must have shape \(1, length\) with at most 40 tokens"):
+        model.generate(frame, torch.zeros(1, 41, dtype=torch.int64))
 
 
 def test_a_missing_diffusers_names_the_extra(monkeypatch):

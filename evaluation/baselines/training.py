@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from lapa.training.metrics_trainer import MetricsTrainer
@@ -72,6 +73,7 @@ class Schedule:
             remove_unused_columns=False,
             seed=seed,
             report_to="tensorboard",
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
 
 
