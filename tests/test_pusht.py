@@ -69,6 +69,7 @@ def test_the_report_shows_partial_results_and_published_rows(double, tmp_path):
     # Two steps cover 0.6 of the outline.
     suite.write_text(text.replace("max_steps: 300", "max_steps: 2") + "published: {elsewhere: {A: 1.5, B: 2 / 3}}\n")
     arguments = ["--suite", str(suite), "--policy", "random", "--rollouts", "4", "--output", str(tmp_path / "out")]
+    arguments += ["--num-processes", "0"]  # the double is of this process
     assert main(["evaluate", *arguments]) == 0
     page = (tmp_path / "out" / "report.md").read_text()
     assert "| pusht/push_t | 0.0 [0.0, 49.0] | 4 | 0.0 | 0 | 0 |" in page
@@ -97,15 +98,15 @@ def test_an_episode_is_cut_off_and_mistakes_are_named(double, monkeypatch):
 
 
 def test_random_actions_fill_the_board():
+    draws = [np.random.default_rng(0)] * 2000
+    rows = [np.zeros((1, 1, 3), np.uint8)] * 2000, [""] * 2000
     suite = load_suite("pusht")
-    moves = RandomActions(suite.action_dim(), 0, suite.action_bounds()).act([np.zeros((1, 1, 3))] * 2000, [""] * 2000)
+    moves = RandomActions(suite.action_dim(), suite.action_bounds()).act(*rows, draws)
     assert moves.shape == (2000, 2)
     assert 0 <= moves.min() < 5
     assert 507 < moves.max() <= 512
     simpler = load_suite("simpler-widowx")
-    moves = RandomActions(simpler.action_dim(), 0, simpler.action_bounds()).act(
-        [np.zeros((1, 1, 3))] * 2000, [""] * 2000
-    )
+    moves = RandomActions(simpler.action_dim(), simpler.action_bounds()).act(*rows, draws)
     assert np.abs(moves[:, :3]).max() == pytest.approx(0.05, abs=1e-3)
     assert (moves[:, 6].min(), moves[:, 6].max()) == pytest.approx((0, 1), abs=1e-2)
 

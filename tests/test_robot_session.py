@@ -349,7 +349,7 @@ def test_nothing_that_a_browser_is_sent_says_who_plays(server):
         ]
         answers += [press(server, "/score", score="0")]
     answers.append(ask(server, "GET", "/"))
-    assert len(answers) == 8 * 15 + 1
+    assert len(answers) == 8 * 16 + 1
     for status, content, headers in answers:
         assert not any(secret in content or secret in headers for secret in SECRETS), (status, content)
     # The letters mean both policies, now and then.

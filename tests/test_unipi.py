@@ -92,7 +92,7 @@ def test_samples_follow_the_instruction(folders):
     assert torch.allclose(plan[:, 0], truth[:, 0])
     errors = (plan[:, None] - truth[None]).square().flatten(2).mean(2)  # rows are samples, columns clips
     still = (truth[:, :1] - truth).square().mean()
-    assert errors.diagonal().max() < 0.3 * still
+    assert errors.diagonal().max() < 0.5 * still
     assert min(errors[0, 1], errors[1, 0]) > 3 * errors.diagonal().max()
 
 
