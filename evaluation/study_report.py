@@ -166,7 +166,7 @@ def table_plot(report: Mapping[str, Any]) -> Any:
     plt = page.pyplot()
     rows = table_rows(report)
     heads = [f"{column}\n{split}" for column in report["columns"] for split in report["splits"]]
-    figure, axes = plt.subplots(figsize=(1.6 + 1.3 * len(heads), 2.8))
+    figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(heads), 2.8))
     width = 0.8 / max(1, len(rows))
     for index, row in enumerate(rows):
         for place, entry in enumerate(row["cells"]):
