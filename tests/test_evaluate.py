@@ -97,7 +97,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(processes, suite, tm
 
 @pytest.mark.parametrize(("processes", "number", "code"), [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)])
 def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, code, suite, tmp_path, capsys):
-    options = ["--num-environments", "2", "--no-baseline", "--num-processes", processes]
+    # So many episodes that a slow machine cannot play them all before the signal arrives.
+    options = ["--num-environments", "2", "--no-baseline", "--rollouts", "60", "--num-processes", processes]
     output = tmp_path / "out"
     process = start_and_wait_for(2, suite, output, *options)
     # Ctrl-C reaches every process of the terminal, a scheduler's signal often the first one alone.
@@ -107,11 +108,11 @@ def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, c
     rows = sum(len(json.loads(line)["rollouts"]) for line in (output / "rollouts.jsonl").read_text().splitlines())
     table = dict(re.findall(r"^(\S+/\S+) .*?\] +(\d+)", printed, re.M))
     # A group of episodes may be counted whose line was just being written.
-    assert 4 <= rows <= sum(map(int, table.values())) <= rows + 2 and rows < 18
+    assert 4 <= rows <= sum(map(int, table.values())) <= rows + 2
     assert f"the same command goes on where it stopped, with what is in {output}" in printed
     assert "Traceback" not in errors and not (output / "report.json").exists()
     assert evaluate(suite, "random", output, *options) == 0
-    assert evaluate(suite, "random", tmp_path / "whole", *options[:3]) == 0
+    assert evaluate(suite, "random", tmp_path / "whole", *options[:5]) == 0
     assert (output / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
 
 
