@@ -34,7 +34,7 @@ class VideoDiffusionConfig(PreTrainedConfig):
         max_text_length (`int`, defaults to 64): Tokens that an instruction may have.
         num_train_timesteps (`int`, defaults to 1000): Noise levels.
         prediction_type (`str`, defaults to `"sample"`): What the U-Net predicts: `v_prediction`, `epsilon` or
-            `sample`.
+            `sample`. The loss of the first two is mostly about the noise, in which changes of a few pixels are lost.
         predict_change (`bool`, defaults to `True`): Whether what is generated is how each frame differs from the current
             one, so that what stands still need not be drawn; else the frames themselves.
         sample_scale (`float`, defaults to 4.0): What is generated is multiplied by it before noise is added. Changes are
