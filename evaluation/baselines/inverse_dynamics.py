@@ -57,7 +57,7 @@ class InverseDynamicsModel(PreTrainedModel):
             )
         )
         if not config.stem_pooling:
-            self.resnet.embedder.pooler = nn.Identity()
+            self.resnet.embedder.add_module("pooler", nn.Identity())
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden_sizes[-1], config.mlp_hidden_size),
             nn.ReLU(),
