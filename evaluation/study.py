@@ -41,7 +41,7 @@ class StudySettings(DemoSettings):
     finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
     inverse_dynamics_steps: int = 800
     inverse_dynamics_sizes: tuple[int, ...] = (32, 64)
-    video_model_steps: int = 1000
+    video_model_steps: int = 1700
     video_model_finetuning_steps: int = 150
     video_model_batch_size: int = 32
     video_model_learning_rate: float = 2e-3
@@ -50,6 +50,7 @@ class StudySettings(DemoSettings):
             "num_frames": 2,
             "patch_size": 2,
             "block_out_channels": [32, 48, 64],
+            "cross_attention_levels": [2],
             "attention_head_dim": 16,
             "text_hidden_size": 48,
             "text_num_layers": 1,

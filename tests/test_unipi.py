@@ -67,7 +67,7 @@ def folders(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("unipi")
     frames, clips = two_clips()
     config = VideoDiffusionConfig(**SIZES, text_vocab_size=len(tokenizer))
-    settings = VideoSettings(Schedule(400, 16, 4e-3, num_checkpoints=1))
+    settings = VideoSettings(Schedule(250, 16, 4e-3, num_checkpoints=1))
     rows = np.tile(clips, (16, 1))
     train_video_model(frames, rows, list(MOVES) * 16, tokenizer, config, settings, 0, root / "video")
     first, second, actions = moving_squares(600, seed=0)
@@ -172,7 +172,14 @@ def test_the_video_model_loads_as_it_was_saved(folders, tmp_path, tokenizer):
     assert samples[0].max() <= 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch_size": 2}, {"predict_change": False, "prediction_type": "epsilon"}])
+CHANGES = [
+    {},
+    {"patch_size": 2, "prediction_type": "v_prediction"},
+    {"predict_change": False, "prediction_type": "epsilon"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_every_parameter_gets_a_gradient(changes):
     model = tiny_video_model(text_dropout=0.5, **changes)
     torch.manual_seed(1)
@@ -244,7 +251,7 @@ def test_clips_lie_within_their_episode():
 def test_the_cards_say_what_the_folder_holds(folders):
     card = (folders / "policy" / "README.md").read_text()
     assert "| frames | 3 of 16 x 16 pixels, 1 control steps apart |" in card
-    assert "- 400 steps" in card
+    assert "- 250 steps" in card
     assert "lapa evaluate" in card
     assert "lapa evaluate" not in (folders / "video" / "README.md").read_text()
     inner = (folders / "policy" / "inverse_dynamics" / "README.md").read_text()

@@ -33,11 +33,11 @@ class VideoDiffusionConfig(PreTrainedConfig):
         text_num_heads (`int`, defaults to 4): Heads of the instruction's encoder.
         max_text_length (`int`, defaults to 64): Tokens that an instruction may have.
         num_train_timesteps (`int`, defaults to 1000): Noise levels.
-        prediction_type (`str`, defaults to `"v_prediction"`): What the U-Net predicts: `v_prediction`, `epsilon` or
-            `sample`.
+        prediction_type (`str`, defaults to `"sample"`): What the U-Net predicts: `v_prediction`, `epsilon` or
+            `sample`. The loss of the first two is mostly about the noise, in which changes of a few pixels are lost.
         predict_change (`bool`, defaults to `True`): Whether what is generated is how each frame differs from the current
             one, so that what stands still need not be drawn; else the frames themselves.
-        sample_scale (`float`, defaults to 2.0): What is generated is multiplied by it before noise is added. Changes are
+        sample_scale (`float`, defaults to 4.0): What is generated is multiplied by it before noise is added. Changes are
             zero nearly everywhere, and small beside noise of standard deviation 1.
         num_inference_steps (`int`, defaults to 10): DDIM steps of a sample.
         guidance_scale (`float`, defaults to 1.0): Classifier-free guidance by the instruction; 1 is none. More needs a
@@ -64,9 +64,9 @@ class VideoDiffusionConfig(PreTrainedConfig):
     text_num_heads: int = 4
     max_text_length: int = 64
     num_train_timesteps: int = 1000
-    prediction_type: str = "v_prediction"
+    prediction_type: str = "sample"
     predict_change: bool = True
-    sample_scale: float = 2.0
+    sample_scale: float = 4.0
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     text_dropout: float = 0.0
