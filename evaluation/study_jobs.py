@@ -18,7 +18,7 @@ from lapa.evaluation.demo_report import code_motion
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS
 from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_words
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
-from lapa.evaluation.policies import DO_NOTHING, EXPERT, NamedPolicy, open_policy
+from lapa.evaluation.policies import DO_NOTHING, EXPERT, UNIPI, NamedPolicy, open_policy
 from lapa.evaluation.study import StudySettings
 from lapa.evaluation.suites import Cell, Suite
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
@@ -338,7 +338,9 @@ def video_model(work: Work) -> dict[str, Any]:
     ):
         recording = work.recording(role)
         clips, episode = clip_index(recording.lengths, config.num_frames, config.frame_gap)
-        schedule = Schedule(steps, settings.video_model_batch_size, settings.video_model_learning_rate)
+        schedule = Schedule(
+            steps, settings.video_model_batch_size, settings.video_model_learning_rate, weight_decay=0.01
+        )
         log = train_video_model(
             recording.frames,
             clips,
@@ -377,7 +379,7 @@ def _open(work: Work, role: str, temperature: float) -> NamedPolicy:
 
 
 def _is_unipi(folder: Path) -> bool:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "lapa_video_diffusion"
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == UNIPI
 
 
 def _play(policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Evaluation:
