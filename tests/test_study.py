@@ -3,12 +3,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
+pytest.importorskip("gymnasium")
+pytest.importorskip("pymunk")
+
+from lapa.evaluation import study_jobs
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
-from lapa.evaluation.study_report import markdown, table_rows
+from lapa.evaluation.study_report import markdown, table_rows, write_study_report
 from lapa.evaluation.study_runner import DONE, Runner, locked
 from lapa.evaluation.study_table import Results, study_report, trends
 
@@ -226,6 +231,66 @@ def test_a_failure_costs_what_depends_on_it(tmp_path):
     assert {job.kind for job in plan.jobs.values() if not again.finished(job)} == {
         "quantizer", "codes", "pretrain", "finetune", "choose", "play",
     }  # fmt: skip
+
+
+def test_labels_are_as_many_whether_of_one_family_or_of_all(tmp_path, monkeypatch):
+    asked = []
+    recording = type("Recording", (), {"lengths": np.ones(1), "frames": np.ones(2), "save": lambda self, path: None})()
+    monkeypatch.setattr(
+        study_jobs.stages, "record", lambda settings, episodes, *a, **k: asked.append(episodes) or recording
+    )
+    for wanted in (["reach", "separate", "relative_move"], ["separate"]):
+        study_jobs.labelled(
+            study_jobs.Work.of(tmp_path, {"labelled_episodes_per_family": 15, "seed": 1, "labelled": wanted}, {})
+        )
+    assert asked == [{"reach": 15, "separate": 15, "relative_move": 15}, {"separate": 45}]
+
+
+def test_the_finetuning_that_solves_most_is_chosen_and_the_first_of_equals(tmp_path, monkeypatch):
+    solved = {("policy-a", 0.5): 3, ("policy-a", 1.0): 5, ("policy-b", 0.5): 5, ("policy-b", 1.0): 4}
+
+    class Played:
+        def __init__(self, policy):
+            self.policy = policy
+
+        def report(self):
+            return {"groups": {"seen": {"successes": solved[self.policy]}}}
+
+    def play(policy, suite, folder, num_shown):
+        assert suite.first_seed == study_jobs.VALIDATION_SEEDS != study_jobs.EVALUATION_SEEDS
+        return Played(policy)
+
+    monkeypatch.setattr(study_jobs, "_open", lambda work, role, temperature: (role, temperature))
+    monkeypatch.setattr(study_jobs, "_play", play)
+    inputs = {"policy-a": tmp_path, "policy-b": tmp_path}
+    chosen = study_jobs.choose(study_jobs.Work.of(tmp_path, {}, inputs))
+    assert (chosen["policy"], chosen["temperature"]) == ("policy-a", 1.0)
+    assert chosen["successes"]["policy-b-temperature-0.5"] == 5
+
+
+def test_steps_that_measure_stage_2_are_of_episodes_that_it_never_saw():
+    episode = np.repeat(np.arange(200), 3)
+    train, test = study_jobs._split(episode)
+    assert len(test) == 3 * 4  # every fiftieth of 200 episodes
+    assert len(train) == len(episode) - len(test)
+    assert not set(episode[train]) & set(episode[test])
+
+
+def test_every_method_is_trained_played_and_reported(tmp_path):
+    settings = TINY | {"video_model_steps": 2, "video_model_finetuning_steps": 2}
+    plan = Plan(load_study(write(tmp_path, methods=list(METHODS), splits=["seen", "unseen"], settings=settings)))
+    runner = Runner(plan, tmp_path / "stages", 2)
+    runner.run()
+    assert runner.failed == {}
+    report = write_study_report(plan, tmp_path / "stages", tmp_path / "out")
+    assert report["complete"]
+    assert {name.split("/")[0] for name in report["cells"]} == set(METHODS)
+    assert all(cell["rollouts"] == 4 for cell in report["cells"].values())
+    said = {row["method"]: set(row) for row in report["diagnosis"]}
+    assert "true motion in the codes, R²" in said["lapa"] and "pseudo actions on the video, R²" in said["vpt"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert all(f"<td>{METHODS[name].label} </td>" in page for name in METHODS)
+    assert page.count("data:image/gif") >= 4 * len(METHODS)
 
 
 def test_every_method_has_a_label():
