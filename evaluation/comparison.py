@@ -137,7 +137,7 @@ def comparison_markdown(report: Mapping[str, Any]) -> str:
     ]
     for name, method in report["methods"].items():
         entries = [*method["cells"].values(), method["all"]]
-        shown = [percent({"success": e["over_seeds"]["value"], "ci95": e["over_seeds"]["ci95"]}) for e in entries]
+        shown = [percent(e["over_seeds"], "value") for e in entries]
         error = method["all"].get("standard_error_over_tasks")
         published = "" if error is None else f"{100 * error:.1f}"
         lines.append(f"| {name} | {method['all']['seeds']} | {' | '.join(shown)} | {published} |")
@@ -145,7 +145,7 @@ def comparison_markdown(report: Mapping[str, Any]) -> str:
     for name, comparison in report["comparisons"].items():
         entry = comparison["all"]
         difference = entry.get("difference")
-        points = "" if difference is None else percent({"success": difference["value"], "ci95": difference["ci95"]})
+        points = "" if difference is None else percent(difference, "value")
         counts = f"{entry['wins']} / {entry['ties']} / {entry['losses']}" if "wins" in entry else ""
         p_value = f"{entry['mcnemar_p']:.2g}" if "mcnemar_p" in entry else ""
         lines.append(f"| {name} | {points} | {counts} | {p_value} |")

@@ -20,10 +20,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def percent(cell: Mapping[str, Any]) -> str:
-    """`20.0 [15.9, 24.9]`, in percent."""
+def percent(cell: Mapping[str, Any], name: str = "success") -> str:
+    """`20.0 [15.9, 24.9]`, in percent: `cell[name]` with its interval."""
     low, high = cell["ci95"]
-    return f"{100 * cell['success']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * cell[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def print_table(report: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> None:

@@ -139,7 +139,7 @@ def _places(rows: Rows, names: Sequence[str]) -> dict[str, Any]:
 
 def estimate_percent(estimate: Mapping[str, Any]) -> str:
     """`20.0 [15.9, 24.9]`, in percent, of `{value, ci95}`."""
-    return percent({"success": estimate["value"], "ci95": estimate["ci95"]})
+    return percent(estimate, "value")
 
 
 def _headline(report: Mapping[str, Any]) -> str:

@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lapa.data.atomic_files import write_atomically
+from lapa.evaluation.evaluation_report import percent
 from lapa.evaluation.study_plan import Plan
 from lapa.evaluation.study_table import study_report
 
 COLOURS = {"scratch": "#cc8844", "unipi": "#9966aa", "vpt": "#55a868", "lapa": "#3366aa", "actionvla": "#777777"}
-
-
-def interval(entry: Mapping[str, Any], name: str = "value", scale: float = 100, digits: int = 1) -> str:
-    """`20.0 [15.9, 24.9]`."""
-    low, high = entry["ci95"]
-    return f"{scale * entry[name]:.{digits}f} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 
 def table_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -53,7 +48,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += [f"**Not complete**: {len(report['missing'])} trainings are not played yet.", ""]
     lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in table_rows(report):
-        cells = [interval(entry["cell"]["over_seeds"]) if entry["cell"] else "" for entry in row["cells"]]
+        cells = [percent(entry["cell"]["over_seeds"], "value") if entry["cell"] else "" for entry in row["cells"]]
         lines.append(f"| {row['label']} {row['point']} | " + " | ".join(cells) + " |")
     for name, label in (("do_nothing", "do nothing"), ("expert", "scripted expert")):
         if report[name]:
@@ -89,7 +84,7 @@ def _claim_lines(report: Mapping[str, Any]) -> list[str]:
         where = ", ".join(part for part in (claim["column"], claim["point"], claim["split"]) if part)
         seeds, rollouts = ("yes" if claim[key] else "no" for key in ("holds_over_seeds", "rollout_intervals_apart"))
         lines.append(f"| {report['methods'][claim['first']]} > {report['methods'][claim['second']]} | {where} | "
-                     f"{interval(claim['difference'])} | {seeds} | {rollouts} |")  # fmt: skip
+                     f"{percent(claim['difference'], 'value')} | {seeds} | {rollouts} |")  # fmt: skip
     lines += ["", "Over seeds: the interval of the paired difference is above 0. Over rollouts: Wilson's intervals of all rollouts "
               "do not touch, which says nothing about another training."]  # fmt: skip
     return lines
@@ -100,7 +95,7 @@ def _family_lines(report: Mapping[str, Any]) -> list[str]:
              "| cell | " + " | ".join(report["families"]) + " | ± |", "|---" * (len(report["families"]) + 2) + "|"]  # fmt: skip
     for name, cell in report["cells"].items():
         error = cell["standard_error_over_tasks"]
-        values = [interval(family, "success") for family in cell["families"].values()]
+        values = [percent(family) for family in cell["families"].values()]
         lines.append(f"| {name} | " + " | ".join(values) + f" | {'' if error is None else f'{100 * error:.1f}'} |")
     return lines
 
@@ -111,17 +106,21 @@ def _trend_lines(report: Mapping[str, Any]) -> list[str]:
     lines = ["", "| series | method | where | success, % | points per doubling |", "|---|---|---|---|---|"]
     for trend in report["trends"]:
         points = ", ".join(f"{point['value']:g}: {100 * point['success']:.1f}" for point in trend["points"])
-        slope = "" if trend["per_doubling"] is None else interval(trend["per_doubling"])
+        slope = "" if trend["per_doubling"] is None else percent(trend["per_doubling"], "value")
         lines.append(
             f"| {trend['series']} | {trend['method']} | {trend['column']}, {trend['split']} | {points} | {slope} |"
         )
     return lines
 
 
+def diagnosis_names(report: Mapping[str, Any]) -> list[str]:
+    """What any stage says of itself, in the order of the stages."""
+    where = ("method", "column", "point")
+    return list(dict.fromkeys(name for row in report["diagnosis"] for name in row if name not in where))
+
+
 def _diagnosis_lines(report: Mapping[str, Any]) -> list[str]:
-    names = list(
-        dict.fromkeys(name for row in report["diagnosis"] for name in row if name not in ("method", "column", "point"))
-    )
+    names = diagnosis_names(report)
     if not names:
         return []
     lines = ["", "What each stage says of itself, mean over seeds, on data it was not trained on (stage 2: its own targets):", "",
@@ -209,11 +208,9 @@ def write_study_report(plan: Plan, stages: Path, output: Path) -> dict[str, Any]
     write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
     write_atomically(output / "report.md", text.encode())
     plots = trend_plots(report) if report["trends"] else [table_plot(report)] if report["cells"] else []
-    names = list(
-        dict.fromkeys(name for row in report["diagnosis"] for name in row if name not in ("method", "column", "point"))
-    )
+    names = diagnosis_names(report)
     html = page.render(
-        "study_report.html", report=report, rows=table_rows(report), plots=plots, diagnosis=names, interval=interval,
+        "study_report.html", report=report, rows=table_rows(report), plots=plots, diagnosis=names, percent=percent,
         shown=shown_rollouts(plan, stages),
     )  # fmt: skip
     write_atomically(output / "report.html", html.encode())

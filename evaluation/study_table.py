@@ -38,6 +38,11 @@ def point_name(entry: Entry) -> str:
     return "" if entry.point is None else f"{entry.point.series}={entry.point.value:g}"
 
 
+def of_split(outcomes: Outcomes, split: str) -> list[bool]:
+    """Outcomes of all families of a split."""
+    return [value for cell, values in outcomes.items() if cell.startswith(f"{split}/") for value in values]
+
+
 class Results:
     """
     What a plan has led to so far.
@@ -68,10 +73,7 @@ class Results:
 
     def of_split(self, key: Key, split: str) -> list[list[bool]]:
         """Per seed the outcomes of all families of a split."""
-        return [
-            [outcome for cell, values in outcomes.items() if cell.startswith(f"{split}/") for outcome in values]
-            for outcomes in self.outcomes.get(key, {}).values()
-        ]
+        return [of_split(outcomes, split) for outcomes in self.outcomes.get(key, {}).values()]
 
     def cell(self, key: Key, split: str) -> dict[str, Any] | None:
         """A number of the table, with all intervals; None before anything was played."""
@@ -100,10 +102,7 @@ class Results:
         outcomes = self._outcomes(self.plan.baselines[name])
         if outcomes is None:
             return {}
-        return {
-            split: success_cell(v for cell, values in outcomes.items() if cell.startswith(f"{split}/") for v in values)
-            for split in self.study.splits
-        }
+        return {split: success_cell(of_split(outcomes, split)) for split in self.study.splits}
 
     def claims(self) -> list[dict[str, Any]]:
         """For every pair of methods that the study names, column by column: the difference and whether intervals part."""
@@ -119,18 +118,7 @@ class Results:
         shared = sorted(set(self.outcomes.get(ours, {})) & set(self.outcomes.get(theirs, {})))
         if not shared:
             return []
-        rows = {
-            key: [
-                [
-                    v
-                    for cell, values in self.outcomes[key][seed].items()
-                    if cell.startswith(f"{split}/")
-                    for v in values
-                ]
-                for seed in shared
-            ]
-            for key in (ours, theirs)
-        }
+        rows = {key: [of_split(self.outcomes[key][seed], split) for seed in shared] for key in (ours, theirs)}
         difference = paired_difference(rows[ours], rows[theirs])
         pooled = [success_cell(v for seed in rows[key] for v in seed) for key in (ours, theirs)]
         return [
