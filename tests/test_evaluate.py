@@ -65,6 +65,8 @@ def start_and_wait_for(lines, suite, output, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell starts what it puts into the background with SIGINT ignored, and all its descendants inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log, deadline = output / "rollouts.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
