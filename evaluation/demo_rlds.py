@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
 
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
@@ -33,6 +31,7 @@ from lapa.evaluation.demo_stages import (
     small_policy_config,
 )
 from lapa.evaluation.demo_tokenizer import build_tokenizer
+from lapa.evaluation.small_vision_tokenizer import train_vision_tokenizer
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
@@ -125,51 +124,6 @@ def table(episodes: Sequence[Any]) -> StepTable:
         instructions=np.concatenate([np.repeat(np.array([text], dtype=object), len(f)) for f, text, _ in episodes]),
         actions=np.concatenate([actions for _, _, actions in episodes]).astype(np.float32),
     )
-
-
-class _Images(Dataset[dict[str, torch.Tensor]]):
-    """Frames as the vision tokenizer wants them: (3, height, width) float32 in [-1, 1]."""
-
-    def __init__(self, frames: np.ndarray) -> None:
-        self.frames = frames
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": torch.from_numpy(self.frames[item]).permute(2, 0, 1).float() / 127.5 - 1}
-
-
-def train_vision_tokenizer(
-    settings: RldsSettings, seed: int, frames: np.ndarray, output: Path
-) -> list[dict[str, float]]:
-    """A small image tokenizer for these frames, 8x8 tokens per image."""
-    torch.manual_seed(seed)
-    config = LapaVisionTokenizerConfig(
-        image_size=settings.image_size,
-        base_channels=16,
-        channel_multipliers=[1, 2, 2, 4],
-        num_res_blocks=1,
-        latent_channels=32,
-        codebook_size=settings.tokenizer_codes,
-        codebook_dim=16,
-        num_norm_groups=4,
-    )
-    model = LapaVisionTokenizer(config).requires_grad_(True)
-    start_codebook_from_frames(model, frames)
-    arguments = TrainingArguments(
-        **schedule(settings.tokenizer_steps, 2e-3, seed, output), per_device_train_batch_size=16
-    )
-    return run_training(Trainer(model=model, args=arguments, train_dataset=_Images(frames)), output)
-
-
-@torch.no_grad()
-def start_codebook_from_frames(model: LapaVisionTokenizer, frames: np.ndarray) -> None:
-    """Put the codebook among the encoder's outputs, so that no code starts out of reach."""
-    images = _Images(frames)
-    pixels = torch.stack([images[i]["pixel_values"] for i in range(min(32, len(images)))])
-    latents = model.quant_conv(model.encoder(pixels)).movedim(1, -1).flatten(0, -2)
-    model.codebook.weight.copy_(latents[torch.randint(len(latents), (len(model.codebook.weight),))])
 
 
 def quantizer_config(settings: RldsSettings) -> LapaQuantizerConfig:
@@ -363,7 +317,13 @@ def run_rlds_demo(args: argparse.Namespace) -> int:
     logs = {
         "vision tokenizer": progress.stage(
             "train the vision tokenizer",
-            lambda: train_vision_tokenizer(settings, args.seed, train.frames, demo.paths["vision_tokenizer"]),
+            lambda: train_vision_tokenizer(
+                train.frames,
+                settings.tokenizer_codes,
+                settings.tokenizer_steps,
+                args.seed,
+                demo.paths["vision_tokenizer"],
+            ),
         ),
         "quantizer": progress.stage("train the quantizer", demo.train_quantizer),
         "pretraining": progress.stage("pretrain", demo.pretrain),

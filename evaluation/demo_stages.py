@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from lapa.evaluation.demo_rlds import RldsSettings
 
 UNNORM_KEY = "tabletop"
+# The image tokenizer that ships with the package.
+VISION_TOKENIZER = Path(__file__).parent / "assets" / "tabletop_vision_tokenizer"
 ENCODE_BATCH = 256
 # Checkpoints per training, so that an interrupted one loses little.
 CHECKPOINTS_PER_TRAINING = 5
@@ -192,8 +194,8 @@ def quantizer_config(settings: DemoSettings) -> LapaQuantizerConfig:
     return LapaQuantizerConfig(**fields | settings.quantizer_options)
 
 
-def schedule(steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
-    """Training arguments that all stages share."""
+def schedule(steps: int, learning_rate: float, seed: int, output: Path, device: str = "cpu") -> dict[str, Any]:
+    """Training arguments that all stages share; `device` is `cpu`, or anything else for the GPU that transformers finds."""
     return {
         "output_dir": str(output),
         "max_steps": steps,
@@ -207,7 +209,7 @@ def schedule(steps: int, learning_rate: float, seed: int, output: Path) -> dict[
         "save_steps": max(1, steps // CHECKPOINTS_PER_TRAINING),
         "save_total_limit": 1,
         "seed": seed,
-        "use_cpu": True,
+        "use_cpu": device == "cpu",
         "report_to": "tensorboard",
         "disable_tqdm": False,
     }
@@ -232,17 +234,25 @@ def run_training(trainer: Any, output: Path) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output: Path) -> list[dict[str, float]]:
+def train_quantizer(
+    settings: DemoSettings,
+    seed: int,
+    video: Recording,
+    output: Path,
+    frequency: float = CONTROL_FREQUENCY,
+    device: str = "cpu",
+) -> list[dict[str, float]]:
     """Stage 1, started again from another seed where the codebook collapses; needs no label to see that."""
+    train = partial(_train_quantizer, settings, frequency=frequency, device=device)
     if output.is_dir():  # interrupted after the training had ended: its last checkpoint gives the log
-        return _train_quantizer(settings, seed, video, output)
+        return train(seed, video, output)
     for attempt in range(1, settings.quantizer_attempts + 1):
         folder = output.with_name(f"{output.name}-attempt-{attempt}")
         collapsed = folder / "collapsed.txt"
         if collapsed.is_file():
             continue
         try:
-            log = _train_quantizer(settings, seed + 1000 * (attempt - 1), video, folder)
+            log = train(seed + 1000 * (attempt - 1), video, folder)
         except CodebookCollapse as collapse:
             print(f"attempt {attempt}: {collapse}")
             collapsed.write_text(str(collapse), encoding="utf-8")
@@ -254,10 +264,12 @@ def train_quantizer(settings: DemoSettings, seed: int, video: Recording, output:
     )
 
 
-def _train_quantizer(settings: DemoSettings, seed: int, video: Recording, output: Path) -> list[dict[str, float]]:
+def _train_quantizer(
+    settings: DemoSettings, seed: int, video: Recording, output: Path, frequency: float, device: str
+) -> list[dict[str, float]]:
     torch.manual_seed(seed)
     arguments = LapaQuantizerTrainingArguments(
-        **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output)
+        **schedule(settings.quantizer_steps, settings.quantizer_learning_rate, seed, output, device)
         # The pixels that change are so few that the loss starts at 0.006, and its gradient is as small.
         | {"max_grad_norm": 0.006, "adam_epsilon": 1e-10},
         per_device_train_batch_size=settings.quantizer_batch_size,
@@ -268,15 +280,14 @@ def _train_quantizer(settings: DemoSettings, seed: int, video: Recording, output
     )
     dataset = FramePairDataset(video.episodes(), settings.frame_gap)
     log = run_training(LapaQuantizerTrainer(LapaQuantizer(quantizer_config(settings)), arguments, dataset), output)
-    trained = {"frame_gap": settings.frame_gap, "frame_gap_seconds": None, "frequency": CONTROL_FREQUENCY}
+    trained = {"frame_gap": settings.frame_gap, "frame_gap_seconds": None, "frequency": frequency}
     write_atomically(output / SETTINGS_FILE, json.dumps(trained, indent=1).encode())
     return log
 
 
 def load_vision_tokenizer() -> LapaVisionTokenizer:
     """The image tokenizer that ships with the package, in fp32."""
-    folder = Path(__file__).parent / "assets" / "tabletop_vision_tokenizer"
-    return LapaVisionTokenizer.from_pretrained(folder, dtype=torch.float32).eval()
+    return LapaVisionTokenizer.from_pretrained(VISION_TOKENIZER, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -284,8 +295,8 @@ def encode_frames(frames: np.ndarray, tokenizer: LapaVisionTokenizer) -> np.ndar
     """Vision codes (num_frames, num_image_tokens) int64 of (num_frames, height, width, 3) uint8."""
     codes = []
     for start in tqdm(range(0, len(frames), ENCODE_BATCH), desc="image tokens", unit="batch"):
-        pixels = torch.from_numpy(frames[start : start + ENCODE_BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        codes.append(tokenizer.encode(pixels).codes.flatten(1))
+        pixels = torch.from_numpy(frames[start : start + ENCODE_BATCH]).to(tokenizer.device)
+        codes.append(tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).codes.flatten(1).cpu())
     return torch.cat(codes).numpy()
 
 

@@ -78,8 +78,11 @@ def main(
         return write_comparison(args.compare, args.output)
     from lapa.evaluation.study import is_study
     from lapa.evaluation.study_cli import refuse_study_arguments, run_study
+    from lapa.evaluation.suites import suite_names
 
-    if args.suite and is_study(args.suite):
+    # A suite and a study may share a name: what plays a policy that is there, and what trains those it compares.
+    plays = args.policy and args.suite in suite_names()
+    if args.suite and is_study(args.suite) and not plays:
         return run_study(args)
     refuse_study_arguments(args)
     if not args.suite or not args.policy:

@@ -7,19 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lapa.evaluation.demo_settings import DemoSettings
-from lapa.evaluation.environments.tabletop_embodiments import EMBODIMENTS
 
-KEYS = {"title", "seeds", "settings", "columns", "methods", "points", "splits", "published", "quick", "claims"}
+if TYPE_CHECKING:
+    from lapa.evaluation.study_worlds import World
+
+KEYS = {
+    "title",
+    "world",
+    "seeds",
+    "settings",
+    "columns",
+    "methods",
+    "points",
+    "splits",
+    "published",
+    "quick",
+    "claims",
+}
 REQUIRED = {"title", "seeds", "columns", "methods", "splits"}
 
 
 @dataclass(frozen=True)
 class StudySettings(DemoSettings):
     """
-    Sizes and schedules of a study: the demo's, and what the other methods need.
+    Sizes and schedules of a study: the demo's, and what the other methods and worlds need. `families` are the tasks of the
+    study's world; `num_blocks` and `thresholds` are of the tabletop alone.
 
     Args:
         rollouts_per_family: Reported episodes per family and split.
@@ -33,6 +48,10 @@ class StudySettings(DemoSettings):
         video_model_batch_size, video_model_learning_rate, video_model_options: Of its training; the last are fields of its
             config.
         held_out_episodes: Labelled episodes per family on which token accuracy is measured; never trained on.
+        tokenizer_episodes, tokenizer_codes, tokenizer_steps: Episodes per family, codebook size and optimizer steps of the
+            image tokenizer, in a world for which none comes with the package.
+        action_repeat, max_steps: Of MetaWorld: simulator steps (80 per second) that an action is held for, and after which an
+            episode is cut off.
     """
 
     rollouts_per_family: int = 60
@@ -59,6 +78,11 @@ class StudySettings(DemoSettings):
         }
     )
     held_out_episodes: int = 20
+    tokenizer_episodes: int = 10
+    tokenizer_codes: int = 256
+    tokenizer_steps: int = 1000
+    action_repeat: int = 5
+    max_steps: int = 250
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,7 @@ class Column:
 
     Args:
         name: Such as `in-domain`.
-        video: Embodiment of the pretraining video.
+        video: Embodiment of the pretraining video, one of the study's world.
         labelled: Families of the labelled episodes; played are all of the study's.
     """
 
@@ -139,10 +163,11 @@ class Study:
         seeds: Training seeds; each has data, initialisation and training of its own.
         columns: Settings of the table.
         methods: Keys of `METHODS`.
-        splits: `seen`, `unseen`.
+        splits: Of the world: `seen`, in the tabletop also `unseen`.
         points: Of scaling curves; every method is trained at every point. Empty for a table.
         published: Reference numbers in percent, `{method: {column: [seen, unseen]}}`, or free text.
         claims: Pairs of methods; the report says for each whether the first is above the second with separated intervals.
+        world: Key of `study_worlds.WORLDS`: where all this takes place.
     """
 
     name: str
@@ -155,6 +180,7 @@ class Study:
     points: tuple[Point, ...] = ()
     published: Mapping[str, Any] = field(default_factory=dict)
     claims: tuple[tuple[str, str], ...] = ()
+    world: str = "tabletop"
 
     def at(self, point: Point | None) -> StudySettings:
         """Settings at a point."""
@@ -195,6 +221,8 @@ def load_study(name: str, quick: bool = False, **changes: Any) -> Study:
     """
     import yaml
 
+    from lapa.evaluation.study_worlds import WORLDS
+
     path: Any = Path(name) if name.endswith((".yaml", ".yml")) else files(__package__) / "studies" / f"{name}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, Mapping) or not REQUIRED <= set(values) <= KEYS:
@@ -210,17 +238,21 @@ def load_study(name: str, quick: bool = False, **changes: Any) -> Study:
         settings = _override(settings, small.pop("settings", {}), f"{path}: `quick.settings`")
         values |= small
     values |= {key: value for key, value in changes.items() if value is not None}
+    (name_of_world,) = _choices("world", [values.get("world", "tabletop")], WORLDS, path)
+    world = WORLDS[name_of_world]
+    _choices("settings.families", settings.families, world.families, path)
     return Study(
         name=Path(name).stem + ("-quick" if quick else ""),
         title=str(values["title"]),
         settings=settings,
         seeds=_seeds(values["seeds"], path),
-        columns=tuple(_column(name, entry, settings, path) for name, entry in values["columns"].items()),
+        columns=tuple(_column(name, entry, settings, world, path) for name, entry in values["columns"].items()),
         methods=_choices("methods", values["methods"], METHODS, path),
-        splits=_choices("splits", values["splits"], ("seen", "unseen"), path),
+        splits=_choices("splits", values["splits"], world.splits, path),
         points=_points(values.get("points") or {}, path),
         published=values.get("published") or {},
         claims=tuple((str(first), str(second)) for first, second in values.get("claims") or ()),
+        world=name_of_world,
     )
 
 
@@ -243,12 +275,12 @@ def _choices(key: str, values: Any, known: Any, path: Any) -> tuple[str, ...]:
     return wanted
 
 
-def _column(name: str, entry: Any, settings: StudySettings, path: Any) -> Column:
+def _column(name: str, entry: Any, settings: StudySettings, world: "World", path: Any) -> Column:
     if not isinstance(entry, Mapping) or set(entry) != {"video", "labelled"}:
         raise ValueError(f"{path}: `columns.{name}` must have `video` and `labelled`, got {entry!r}.")
-    if entry["video"] not in EMBODIMENTS:
+    if entry["video"] not in world.embodiments:
         raise ValueError(
-            f"{path}: `columns.{name}.video` must be one of {', '.join(EMBODIMENTS)}, got {entry['video']!r}."
+            f"{path}: `columns.{name}.video` must be one of {', '.join(world.embodiments)}, got {entry['video']!r}."
         )
     labelled = settings.families if entry["labelled"] == "all" else entry["labelled"]
     return Column(str(name), entry["video"], _choices(f"columns.{name}.labelled", labelled, settings.families, path))

@@ -45,7 +45,7 @@ def run_study(args: argparse.Namespace) -> int:
     plan = Plan(load_study(args.suite, args.quick, seeds=args.seeds, methods=args.methods))
     stages = args.stages or args.output / "stages"
     with locked(stages):
-        runner = Runner(plan, stages, jobs)
+        runner = Runner(plan, stages, jobs, args.device or "cpu")
         earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             runner.run()

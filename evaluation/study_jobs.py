@@ -10,21 +10,27 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
+from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.data.atomic_files import atomic_file
 from lapa.data.encoded_steps import EncodedStepDataset
 from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation import demo_stages as stages
 from lapa.evaluation.demo_report import code_motion
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS
-from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_words
+from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
 from lapa.evaluation.policies import DO_NOTHING, EXPERT, UNIPI, NamedPolicy, open_policy
+from lapa.evaluation.small_vision_tokenizer import train_vision_tokenizer
 from lapa.evaluation.study import StudySettings
-from lapa.evaluation.suites import Cell, Suite
+from lapa.evaluation.study_plan import DEFAULT_WORLD
+from lapa.evaluation.study_worlds import WORLDS, World
+from lapa.evaluation.suites import Suite
 from lapa.modeling_lapa.modeling_lapa import LapaForActionPrediction, LapaForLatentAction
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
+from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 from lapa.processing.image_processing_lapa import LapaImageProcessor
 from lapa.processing.processing_lapa import LapaProcessor
+from lapa.processing.tokenization_lapa import LapaTokenizer
 from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
 from lapa.training.arguments import LapaActionFinetuningArguments, LapaLatentPretrainingArguments
 from lapa.training.label_latent_actions import label_latent_actions
@@ -32,11 +38,10 @@ from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTraine
 from lapa.training.metrics import perplexity
 
 # Start states beyond every other's: of episodes for token accuracy, and of those on which temperatures are chosen.
-HELD_OUT_SEEDS, VALIDATION_SEEDS = 250_000_000, 500_000_000
+HELD_OUT_SEEDS, VALIDATION_SEEDS, TOKENIZER_SEEDS = 250_000_000, 500_000_000, 300_000_000
 # Every so many-th episode of a video is kept from stage 2, to measure its accuracy.
 HELD_OUT_EVERY = 50
 NUM_HELD_OUT_STEPS = 1000
-ROLLOUTS_SIDE_BY_SIDE = 60
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,17 @@ class Work:
         settings: Of the study, where the job reads them, defaults elsewhere.
         extra: What a job depends on beside settings (seed, embodiment, ...).
         inputs: Folders of other jobs by role.
+        device: To compute on; no part of what a job is.
     """
 
     folder: Path
     settings: StudySettings
     extra: Mapping[str, Any]
     inputs: Mapping[str, Path]
+    device: str = "cpu"
 
     @classmethod
-    def of(cls, folder: Path, values: Mapping[str, Any], inputs: Mapping[str, Path]) -> "Work":
+    def of(cls, folder: Path, values: Mapping[str, Any], inputs: Mapping[str, Path], device: str = "cpu") -> "Work":
         """From a job's settings."""
         names = {entry.name: entry.default for entry in fields(StudySettings)}
         known = {
@@ -66,7 +73,12 @@ class Work:
             if name in names
         }
         extra = {name: value for name, value in values.items() if name not in names}
-        return cls(folder, StudySettings(**known), extra, inputs)
+        return cls(folder, StudySettings(**known), extra, inputs, device)
+
+    @property
+    def world(self) -> World:
+        """Where all this takes place; the tabletop where nothing else is said."""
+        return WORLDS[self.extra.get("world", DEFAULT_WORLD)]
 
     @property
     def seed(self) -> int:
@@ -86,22 +98,42 @@ class Work:
         with atomic_file(self.folder / "array.npy") as partial, partial.open("wb") as file:
             np.save(file, array)
 
+    def vision_tokenizer(self) -> LapaVisionTokenizer:
+        """The world's, or the one that was trained for the study; in fp32."""
+        folder = self.world.vision_tokenizer or self.inputs["vision_tokenizer"] / "model"
+        return LapaVisionTokenizer.from_pretrained(folder, dtype=torch.float32).eval().to(self.device)
+
+    def text_tokenizer(self) -> LapaTokenizer:
+        """Of the world's instructions."""
+        return build_tokenizer(self.folder / "tokenizer.model", self.world.words())
+
+    def policy_config(self, text_vocab_size: int) -> LapaConfig:
+        """Of the study's trunk."""
+        vision = self.vision_tokenizer().config
+        return stages.small_policy_config(
+            self.settings, vision, text_vocab_size, self.world.action_dim, text_loss_weight=0.0
+        )
+
     def processor(self) -> LapaProcessor:
-        """For the study's trunk; colours and shapes are words of their own, so that an unseen pair of them can be read."""
-        tokenizer = build_tokenizer(self.folder / "tokenizer.model", simulator_words())
-        config = stages.policy_config(self.settings, len(tokenizer))
+        """For the study's trunk."""
+        tokenizer = self.text_tokenizer()
+        config = self.policy_config(len(tokenizer))
         return LapaProcessor.from_config(config, LapaImageProcessor(size=self.settings.image_size), tokenizer)
+
+    def schedule(self, steps: int, learning_rate: float) -> dict[str, Any]:
+        """Training arguments of a policy, which is written to `folder / "model"`."""
+        return stages.schedule(steps, learning_rate, self.seed, self.folder / "model", self.device)
 
 
 def video(work: Work) -> dict[str, Any]:
     """Episodes without labels. Actions are kept for those methods and measurements that may see them."""
     embodiment = work.extra["embodiment"]
-    recording = stages.record(
+    recording = work.world.record(
         work.settings,
         work.settings.video_episodes,
         VIDEO_SEEDS + work.seed * SEED_STRIDE,
         embodiment,
-        with_actions=stages.make_environment(work.settings, embodiment).embodiment.has_actions,
+        with_actions=work.world.has_actions(embodiment),
     )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths), "frames": len(recording.frames)}
@@ -113,8 +145,8 @@ def labelled(work: Work) -> dict[str, Any]:
     # As many in all, whether they are of one family or of all.
     total = work.settings.labelled_episodes_per_family * len(work.settings.families)
     episodes = {family: total // len(wanted) for family in wanted}
-    recording = stages.record(
-        work.settings, episodes, LABELLED_SEEDS + work.seed * SEED_STRIDE, "arm", with_actions=True
+    recording = work.world.record(
+        work.settings, episodes, LABELLED_SEEDS + work.seed * SEED_STRIDE, work.world.embodiments[0], with_actions=True
     )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths), "steps": int(len(recording.frames) - len(recording.lengths))}
@@ -123,28 +155,46 @@ def labelled(work: Work) -> dict[str, Any]:
 def held_out(work: Work) -> dict[str, Any]:
     """Episodes with actions that nothing is trained on."""
     episodes = dict.fromkeys(work.settings.families, work.settings.held_out_episodes)
-    recording = stages.record(work.settings, episodes, HELD_OUT_SEEDS, "arm", with_actions=True)
+    recording = work.world.record(
+        work.settings, episodes, HELD_OUT_SEEDS, work.world.embodiments[0], with_actions=True
+    )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths)}
 
 
+def vision_tokenizer(work: Work) -> dict[str, Any]:
+    """The image tokenizer of all policies, as the published VQGAN is: trained on pictures of its own, once for all seeds."""
+    settings, world = work.settings, work.world
+    episodes = dict.fromkeys(settings.families, settings.tokenizer_episodes)
+    frames = world.record(settings, episodes, TOKENIZER_SEEDS, world.embodiments[0], with_actions=False).frames
+    log = train_vision_tokenizer(
+        frames, settings.tokenizer_codes, settings.tokenizer_steps, 0, work.folder / "model", work.device
+    )
+    codes = stages.encode_frames(frames, LapaVisionTokenizer.from_pretrained(work.folder / "model").eval())
+    used = perplexity(np.bincount(codes.ravel(), minlength=settings.tokenizer_codes))
+    return {"frames": len(frames), "final_loss": log[-1]["loss"], "perplexity": used}
+
+
 def image_tokens(work: Work) -> dict[str, Any]:
     """Vision codes of every frame."""
-    codes = stages.encode_frames(work.recording("video").frames, stages.load_vision_tokenizer())
+    codes = stages.encode_frames(work.recording("video").frames, work.vision_tokenizer())
     work.keep(codes.astype(np.int32))
     return {}
 
 
 def quantizer(work: Work) -> dict[str, Any]:
     """Stage 1."""
-    log = stages.train_quantizer(work.settings, work.seed, work.recording("video"), work.folder / "model")
+    frequency = work.world.frequency(work.settings)
+    log = stages.train_quantizer(
+        work.settings, work.seed, work.recording("video"), work.folder / "model", frequency, work.device
+    )
     return {"final_loss": log[-1]["loss"], "attempts": 1 + len(list(work.folder.glob("*/collapsed.txt")))}
 
 
 def codes(work: Work) -> dict[str, Any]:
     """The quantizer's labels, and what they say of the true motion."""
     recording, gap = work.recording("video"), work.settings.frame_gap
-    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model")
+    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
     labels = label_latent_actions(model, FramePairDataset(recording.episodes(), gap), batch_size=256)
     work.keep(labels)
     _, first = recording.steps(gap)
@@ -174,7 +224,7 @@ def inverse_dynamics(work: Work) -> dict[str, Any]:
     sizes = list(work.settings.inverse_dynamics_sizes)
     config = InverseDynamicsConfig(
         image_size=work.settings.image_size,
-        action_dim=2,
+        action_dim=work.world.action_dim,
         embedding_size=sizes[0],
         hidden_sizes=sizes,
         depths=[1] * len(sizes),
@@ -189,7 +239,10 @@ def inverse_dynamics(work: Work) -> dict[str, Any]:
     folder = work.folder / "model"
     log = train_inverse_dynamics(*pairs, recording.actions[first], config, settings, work.seed, folder, episode)
     predicted = label_actions(
-        InverseDynamicsModel.from_pretrained(folder), held.frames[test], held.frames[test + 1], show_progress=False
+        InverseDynamicsModel.from_pretrained(folder).to(work.device),
+        held.frames[test],
+        held.frames[test + 1],
+        show_progress=False,
     )
     return {"final_loss": log[-1]["loss"], "held_out_r2": float(np.mean(r_squared(predicted, held.actions[test])))}
 
@@ -200,7 +253,7 @@ def pseudo_actions(work: Work) -> dict[str, Any]:
     from lapa.evaluation.baselines.inverse_dynamics_training import label_actions, r_squared
 
     recording = work.recording("video")
-    model = InverseDynamicsModel.from_pretrained(work.inputs["inverse_dynamics"] / "model")
+    model = InverseDynamicsModel.from_pretrained(work.inputs["inverse_dynamics"] / "model").to(work.device)
     _, first = recording.steps(1)
     predicted = label_actions(model, recording.frames[first], recording.frames[first + 1])
     actions = np.zeros((len(recording.frames), predicted.shape[1]), np.float32)
@@ -235,8 +288,8 @@ def pretrain(work: Work) -> dict[str, Any]:
     else:
         pseudo = work.extra["targets"] == "pseudo_actions"
         actions = (work.array("targets") if pseudo else recording.actions)[frame]
-        processor.fit_actions(actions, stages.UNNORM_KEY, num_bins=settings.num_bins, gripper_dimension=None)
-        name, targets = "action_tokens", processor.encode_actions(actions, stages.UNNORM_KEY)
+        processor.fit_actions(actions, work.world.name, num_bins=settings.num_bins, gripper_dimension=None)
+        name, targets = "action_tokens", processor.encode_actions(actions, work.world.name)
     targets = np.asarray(targets)
 
     def dataset(steps: np.ndarray) -> Dataset[Any]:
@@ -244,14 +297,12 @@ def pretrain(work: Work) -> dict[str, Any]:
         return EncodedStepDataset(processor, sentences, vision[frame[steps]], **{name: targets[steps]})
 
     train, test = _split(episode)
-    config = stages.policy_config(settings, len(processor.tokenizer))
+    config = work.policy_config(len(processor.tokenizer))
     model_class = LapaForLatentAction if on_codes else LapaForActionPrediction
-    model = stages.fresh_policy(model_class, config, stages.load_vision_tokenizer(), work.seed)
+    model = stages.fresh_policy(model_class, config, work.vision_tokenizer(), work.seed)
     arguments_class = LapaLatentPretrainingArguments if on_codes else LapaActionFinetuningArguments
     arguments = arguments_class(
-        **stages.schedule(
-            settings.pretraining_steps, settings.pretraining_learning_rate, work.seed, work.folder / "model"
-        ),
+        **work.schedule(settings.pretraining_steps, settings.pretraining_learning_rate),
         per_device_train_batch_size=settings.pretraining_batch_size,
         per_device_eval_batch_size=250,
         weight_decay=0.01,
@@ -273,17 +324,17 @@ def finetune(work: Work) -> dict[str, Any]:
     """Stage 3, from a pretrained folder or from a fresh trunk."""
     settings, processor, seed = work.settings, work.processor(), work.seed
     recordings = {role: work.recording(role) for role in ("labelled", "held_out")}
-    tokenizer = stages.load_vision_tokenizer()
+    tokenizer = work.vision_tokenizer()
     steps = {role: recording.steps(1) for role, recording in recordings.items()}
     actions = {role: recording.actions[steps[role][1]] for role, recording in recordings.items()}
-    processor.fit_actions(actions["labelled"], stages.UNNORM_KEY, num_bins=settings.num_bins, gripper_dimension=None)
+    processor.fit_actions(actions["labelled"], work.world.name, num_bins=settings.num_bins, gripper_dimension=None)
 
     def dataset(role: str, **targets: Any) -> Dataset[Any]:
         recording, (episode, frame) = recordings[role], steps[role]
         vision = stages.encode_frames(recording.frames, tokenizer)[frame]
         return EncodedStepDataset(processor, recording.instructions[episode], vision, **targets)
 
-    tokens = {role: np.asarray(processor.encode_actions(a, stages.UNNORM_KEY)) for role, a in actions.items()}
+    tokens = {role: np.asarray(processor.encode_actions(a, work.world.name)) for role, a in actions.items()}
     train: Dataset[Any] = dataset("labelled", action_tokens=tokens["labelled"])
     options: dict[str, Any] = {}
     if work.extra.get("keep_latent_head"):
@@ -293,29 +344,28 @@ def finetune(work: Work) -> dict[str, Any]:
     if "pretrained" in work.inputs:
         model = LapaForActionPrediction.from_pretrained(work.inputs["pretrained"] / "model", **options)
     else:
-        config = stages.policy_config(settings, len(processor.tokenizer))
+        config = work.policy_config(len(processor.tokenizer))
         model = stages.fresh_policy(LapaForActionPrediction, config, tokenizer, seed)
-    folder = work.folder / "model"
     arguments = LapaActionFinetuningArguments(
-        **stages.schedule(int(work.extra["steps"]), float(work.extra["learning_rate"]), seed, folder),
+        **work.schedule(int(work.extra["steps"]), float(work.extra["learning_rate"])),
         per_device_train_batch_size=settings.finetuning_batch_size,
         per_device_eval_batch_size=250,
         weight_decay=0.01,
     )
     held = dataset("held_out", action_tokens=tokens["held_out"])
     trainer = LapaActionFinetuningTrainer(model, arguments, train, held, processor=processor)
-    log = stages.run_training(trainer, folder)
+    log = stages.run_training(trainer, work.folder / "model")
     return {"final_loss": log[-1]["loss"], "majority": _majority(tokens["held_out"]), **_accuracy(trainer)}
 
 
 def _latent_examples(work: Work, processor: LapaProcessor, recording: stages.Recording) -> Dataset[Any]:
     """The labelled frames with the quantizer's codes, for a policy that goes on to predict them."""
     episode, frame = recording.steps(work.settings.frame_gap)
-    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model")
+    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
     labels = label_latent_actions(
         model, FramePairDataset(recording.episodes(), work.settings.frame_gap), batch_size=256
     )
-    vision = stages.encode_frames(recording.frames, stages.load_vision_tokenizer())[frame]
+    vision = stages.encode_frames(recording.frames, work.vision_tokenizer())[frame]
     return EncodedStepDataset(processor, recording.instructions[episode], vision, latent_action_codes=labels)
 
 
@@ -327,7 +377,7 @@ def video_model(work: Work) -> dict[str, Any]:
     from lapa.evaluation.baselines.video_diffusion_training import VideoSettings, clip_index, train_video_model
 
     settings = work.settings
-    tokenizer = build_tokenizer(work.folder / "tokenizer.model", simulator_words())
+    tokenizer = work.text_tokenizer()
     config = VideoDiffusionConfig(
         image_size=settings.image_size, text_vocab_size=len(tokenizer), **settings.video_model_options
     )
@@ -358,32 +408,22 @@ def video_model(work: Work) -> dict[str, Any]:
     return losses
 
 
-def _suite(work: Work, name: str, splits: tuple[str, ...], rollouts: int, first_seed: int) -> Suite:
-    options = {key: _plain(value) for key, value in stages.environment_options(work.settings).items()}
-    cells = tuple(
-        Cell(split, family, options | {"split": split}) for split in splits for family in work.settings.families
-    )
-    return Suite(name, "tabletop", cells, rollouts, first_seed)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _open(work: Work, role: str, temperature: float) -> NamedPolicy:
     folder = work.inputs[role] / "model"
     if _is_unipi(folder):
-        return open_policy(str(folder), 2)
+        return open_policy(str(folder), work.world.action_dim)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    return open_policy(str(folder), 2, stages.UNNORM_KEY, "cpu", **sampling)
+    return open_policy(str(folder), work.world.action_dim, work.world.name, work.device, **sampling)
 
 
 def _is_unipi(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == UNIPI
 
 
-def _play(policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Evaluation:
-    settings = EvaluationSettings(num_environments=ROLLOUTS_SIDE_BY_SIDE, num_shown=num_shown)
+def _play(world: World, policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Evaluation:
+    # One process of its own where the simulator may crash: each job has one core.
+    processes = min(1, suite.num_processes())
+    settings = EvaluationSettings(num_environments=world.side_by_side, num_processes=processes, num_shown=num_shown)
     evaluation = Evaluation(suite, policy, folder, settings)
     evaluation.run()
     return evaluation
@@ -391,7 +431,10 @@ def _play(policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Ev
 
 def choose(work: Work) -> dict[str, Any]:
     """Which finetuning is played, at which temperature: the one that solves most on starts that no reported number uses."""
-    suite = _suite(work, "validation", ("seen",), work.settings.validation_rollouts, VALIDATION_SEEDS)
+    split = work.world.splits[0]
+    suite = work.world.suite(
+        work.settings, "validation", (split,), work.settings.validation_rollouts, VALIDATION_SEEDS
+    )
     roles = [role for role in work.inputs if role.startswith("policy")]
     if roles == ["policy"]:  # nothing to choose
         return {"policy": "policy", "temperature": 0.0, "successes": {}}
@@ -400,8 +443,8 @@ def choose(work: Work) -> dict[str, Any]:
     for role in roles:
         for temperature in work.settings.temperatures:
             name = f"{role}-temperature-{temperature:g}"
-            report = _play(_open(work, role, temperature), suite, work.folder / name, 0).report()
-            successes[name], options[name] = report["groups"]["seen"]["successes"], (role, temperature)
+            report = _play(work.world, _open(work, role, temperature), suite, work.folder / name, 0).report()
+            successes[name], options[name] = report["groups"][split]["successes"], (role, temperature)
     best = max(successes, key=lambda name: successes[name])  # the first of equals
     return {"policy": options[best][0], "temperature": options[best][1], "successes": successes}
 
@@ -409,20 +452,20 @@ def choose(work: Work) -> dict[str, Any]:
 def play(work: Work) -> dict[str, Any]:
     """The reported episodes."""
     rollouts = work.settings.rollouts_per_family
-    suite = _suite(work, "study", tuple(work.extra["splits"]), rollouts, EVALUATION_SEEDS)
+    suite = work.world.suite(work.settings, "study", tuple(work.extra["splits"]), rollouts, EVALUATION_SEEDS)
     name = work.extra.get("policy_name")
     if name in (DO_NOTHING, EXPERT):
         policy = open_policy(name, suite.action_dim())
     else:
         chosen = json.loads((work.inputs["choose"] / "done.json").read_text(encoding="utf-8"))["result"]
         policy = _open(work, chosen["policy"], chosen["temperature"])
-    report = _play(policy, suite, work.folder / "evaluation", 1).report()
+    report = _play(work.world, policy, suite, work.folder / "evaluation", 1).report()
     return {"cells": report["cells"]}
 
 
 JOBS: dict[str, Callable[[Work], dict[str, Any]]] = {
     function.__name__: function
-    for function in (video, labelled, held_out, image_tokens, quantizer, codes, inverse_dynamics, pseudo_actions,
+    for function in (video, labelled, held_out, vision_tokenizer, image_tokens, quantizer, codes, inverse_dynamics, pseudo_actions,
                      pretrain, finetune, video_model, choose, play)
 }  # fmt: skip
 

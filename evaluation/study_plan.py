@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lapa.evaluation.study import METHODS, Column, Method, Point, Study, StudySettings
+from lapa.evaluation.study_worlds import WORLDS
 
 # Which settings a kind of job reads. What is not named here does not make it run again.
-WORLD = ("image_size", "num_blocks", "families", "thresholds", "expert_noise")
 QUANTIZER = ("image_size", "frame_gap", "codebook_size", "num_latent_tokens", "quantizer_hidden_size", "quantizer_steps",
              "quantizer_batch_size", "quantizer_learning_rate", "quantizer_min_perplexity",
              "quantizer_min_perplexity_from", "quantizer_attempts", "quantizer_options")  # fmt: skip
 TRUNK = ("hidden_size", "num_layers", "num_heads", "initializer_range", "embedding_initializer_range", "rope_theta",
          "image_size", "codebook_size", "num_latent_tokens", "num_bins")  # fmt: skip
 READS: dict[str, tuple[str, ...]] = {
-    "video": (*WORLD, "video_episodes"),
-    "labelled": (*WORLD, "labelled_episodes_per_family"),
-    "held_out": (*WORLD, "held_out_episodes"),
+    "video": ("video_episodes",),
+    "labelled": ("labelled_episodes_per_family",),
+    "held_out": ("held_out_episodes",),
+    "vision_tokenizer": ("tokenizer_episodes", "tokenizer_codes", "tokenizer_steps"),
     "image_tokens": (),
     "quantizer": QUANTIZER,
     "codes": ("frame_gap", "codebook_size"),
@@ -34,9 +35,13 @@ READS: dict[str, tuple[str, ...]] = {
         "video_model_learning_rate",
         "video_model_options",
     ),
-    "choose": (*WORLD, "validation_rollouts", "temperatures"),
-    "play": (*WORLD, "rollouts_per_family"),
+    "choose": ("validation_rollouts", "temperatures"),
+    "play": ("rollouts_per_family",),
 }
+# These record or play, and read beside what the world is made of.
+IN_THE_WORLD = ("video", "labelled", "held_out", "vision_tokenizer", "choose", "play")
+# Where a job takes place whose settings do not say.
+DEFAULT_WORLD = "tabletop"
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Plan:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        self.world = WORLDS[study.world]
         self.jobs: dict[str, Job] = {}
         self.entries: list[Entry] = []
         self.baselines = {
@@ -101,7 +107,9 @@ class Plan:
     def _add(
         self, kind: str, label: str, settings: StudySettings, inputs: Mapping[str, str] | None = None, **extra: Any
     ) -> str:
-        read = {name: getattr(settings, name) for name in READS[kind]} | extra
+        elsewhere = {} if self.study.world == DEFAULT_WORLD else {"world": self.study.world}
+        names = READS[kind] + (self.world.reads if elsewhere or kind in IN_THE_WORLD else ())
+        read = {name: getattr(settings, name) for name in names} | extra | elsewhere
         job = Job(kind, f"{kind} {label}", json.loads(json.dumps(read)), dict(inputs or {}))
         self.jobs.setdefault(job.key, job)
         return job.key
@@ -111,8 +119,10 @@ class Plan:
         where = f"{name} {column.name} seed {seed}" + (f" {point.series}={point.value:g}" if point else "")
         jobs: dict[str, str] = {
             "labelled": self._add("labelled", where, settings, seed=seed, labelled=column.labelled),
-            "held_out": self._add("held_out", "arm", settings),
+            "held_out": self._add("held_out", self.world.embodiments[0], settings),
         }
+        if self.world.vision_tokenizer is None:
+            jobs["vision_tokenizer"] = self._add("vision_tokenizer", self.study.world, settings)
         if method.targets is not None:
             jobs["video"] = self._add(
                 "video", f"{column.video} seed {seed}", settings, seed=seed, embodiment=column.video
@@ -141,11 +151,15 @@ class Plan:
         inputs = {name: jobs[name] for name in ("video", "labelled", "inverse_dynamics")}
         return self._add("video_model", where, settings, inputs, seed=seed)
 
+    def _images(self, jobs: Mapping[str, str]) -> dict[str, str]:
+        """The input that reads images, where it is trained."""
+        return {role: key for role, key in jobs.items() if role == "vision_tokenizer"}
+
     def _policies(
         self, jobs: dict[str, str], method: Method, where: str, settings: StudySettings, seed: int
     ) -> dict[str, str]:
         """A finetuning per candidate."""
-        inputs = {"labelled": jobs["labelled"], "held_out": jobs["held_out"]}
+        inputs = self._images(jobs) | {"labelled": jobs["labelled"], "held_out": jobs["held_out"]}
         extra: dict[str, Any] = {}
         if method.targets is not None:
             self._pretraining(jobs, method, where, settings, seed)
@@ -164,7 +178,7 @@ class Plan:
         self, jobs: dict[str, str], method: Method, where: str, settings: StudySettings, seed: int
     ) -> None:
         video = {"video": jobs["video"]}
-        jobs["image_tokens"] = self._add("image_tokens", where, settings, video)
+        jobs["image_tokens"] = self._add("image_tokens", where, settings, self._images(jobs) | video)
         if method.targets == "codes":
             options = {**settings.quantizer_options, **method.quantizer_options}
             jobs["quantizer"] = self._add("quantizer", where, settings, video, seed=seed, quantizer_options=options)
@@ -177,7 +191,7 @@ class Plan:
             )
         else:
             jobs["targets"] = jobs["video"]
-        inputs = {**video, "image_tokens": jobs["image_tokens"], "targets": jobs["targets"]}
+        inputs = self._images(jobs) | video | {"image_tokens": jobs["image_tokens"], "targets": jobs["targets"]}
         jobs["pretrain"] = self._add("pretrain", where, settings, inputs, seed=seed, targets=method.targets)
 
 

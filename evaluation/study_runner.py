@@ -53,7 +53,7 @@ def _start_worker() -> None:
     logging.disable_progress_bar()
 
 
-def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
+def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], device: str) -> None:
     """In a worker: one job, from what an interrupted run left of it."""
     from lapa.evaluation.study_jobs import JOBS, Work
 
@@ -62,7 +62,7 @@ def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[st
     with (folder / LOG).open("a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                result = JOBS[kind](Work.of(folder, settings, inputs))
+                result = JOBS[kind](Work.of(folder, settings, inputs, device))
             except BaseException:
                 write_atomically(folder / ERROR, traceback.format_exc().encode())
                 raise
@@ -82,10 +82,11 @@ class Runner:
         plan: What is to be done.
         stages: Folder of the jobs' results; several studies may share it, one at a time.
         num_workers: Jobs done at a time, each on one core.
+        device: That models are trained and played on.
     """
 
-    def __init__(self, plan: Plan, stages: Path, num_workers: int) -> None:
-        self.plan, self.stages, self.num_workers = plan, stages, num_workers
+    def __init__(self, plan: Plan, stages: Path, num_workers: int, device: str = "cpu") -> None:
+        self.plan, self.stages, self.num_workers, self.device = plan, stages, num_workers, device
         self.failed: dict[str, str] = {}
 
     def finished(self, job: Job) -> bool:
@@ -118,7 +119,9 @@ class Runner:
                     while len(running) < self.num_workers and (job := self._ready(waiting)) is not None:
                         waiting.remove(job)
                         inputs = {role: self.stages / key for role, key in job.inputs.items()}
-                        future = executor.submit(_do, self.stages / job.key, job.kind, job.settings, inputs)
+                        future = executor.submit(
+                            _do, self.stages / job.key, job.kind, job.settings, inputs, self.device
+                        )
                         running[future] = job
                     if not running:
                         return  # what is left waits for what has failed

@@ -10,7 +10,7 @@ import yaml
 pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
-from lapa.evaluation import study_jobs
+from lapa.evaluation import study_jobs, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
 from lapa.evaluation.study_report import markdown, table_rows, write_study_report
@@ -237,7 +237,7 @@ def test_labels_are_as_many_whether_of_one_family_or_of_all(tmp_path, monkeypatc
     asked = []
     recording = type("Recording", (), {"lengths": np.ones(1), "frames": np.ones(2), "save": lambda self, path: None})()
     monkeypatch.setattr(
-        study_jobs.stages, "record", lambda settings, episodes, *a, **k: asked.append(episodes) or recording
+        study_worlds.stages, "record", lambda settings, episodes, *a, **k: asked.append(episodes) or recording
     )
     for wanted in (["reach", "separate", "relative_move"], ["separate"]):
         study_jobs.labelled(
@@ -256,7 +256,7 @@ def test_the_finetuning_that_solves_most_is_chosen_and_the_first_of_equals(tmp_p
         def report(self):
             return {"groups": {"seen": {"successes": solved[self.policy]}}}
 
-    def play(policy, suite, folder, num_shown):
+    def play(world, policy, suite, folder, num_shown):
         assert suite.first_seed == study_jobs.VALIDATION_SEEDS != study_jobs.EVALUATION_SEEDS
         return Played(policy)
 

@@ -63,6 +63,7 @@ INSTRUCTIONS = {
 }
 # Scripted policies whose file has another name than the task.
 POLICY_NAMES = {"peg-insert-side": "PegInsertionSide"}
+CONTROL_FREQUENCY = 80  # of the simulator, actions per second
 # The camera that most work on these tasks uses, moved nearer (metres) as it is there, so that the hand fills more of the image.
 CAMERA, CAMERA_PLACE = "corner2", (0.75, 0.075, 0.7)
 MISSING_GL = (
@@ -80,7 +81,9 @@ class MetaWorldEvaluation(EvaluationEnvironment):
 
     Args:
         image_size: Side of the images in pixels.
-        max_steps: Steps after which an episode is cut off, at most 500.
+        max_steps: Steps of the simulator after which an episode is cut off, at most 500.
+        action_repeat: Steps of the simulator (80 per second) that an action is held for. Only the last is drawn; an episode
+            is over as soon as the task is solved.
         camera: One of MetaWorld's.
 
     Raises:
@@ -90,11 +93,15 @@ class MetaWorldEvaluation(EvaluationEnvironment):
 
     action_dim = 4
 
-    def __init__(self, image_size: int = 128, max_steps: int = 500, camera: str = CAMERA) -> None:
+    def __init__(
+        self, image_size: int = 128, max_steps: int = 500, camera: str = CAMERA, action_repeat: int = 1
+    ) -> None:
         if not 1 <= max_steps <= 500:
             raise ValueError(f"`max_steps` must lie in [1, 500], got {max_steps}.")
         if image_size < 16:
             raise ValueError(f"`image_size` must be at least 16, got {image_size}.")
+        if not 1 <= action_repeat <= max_steps:
+            raise ValueError(f"`action_repeat` must lie in [1, {max_steps}], got {action_repeat}.")
         # No display: without this MuJoCo asks for a window.
         os.environ.setdefault("MUJOCO_GL", "egl")
         try:
@@ -105,6 +112,7 @@ class MetaWorldEvaluation(EvaluationEnvironment):
             raise ValueError(f"{MISSING_GL}: {error}") from error
         self._classes: dict[str, Any] = ENV_CLS_MAP
         self.image_size, self.max_steps, self.camera = image_size, max_steps, camera
+        self.action_repeat = action_repeat
         self._task: str | None = None
         self._environment: Any = None
         self._expert: Any = None
@@ -144,10 +152,13 @@ class MetaWorldEvaluation(EvaluationEnvironment):
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         """See `EvaluationEnvironment.step`."""
-        self._state, _, terminated, truncated, info = self._environment.step(np.clip(action, -1, 1))
-        self._num_steps += 1
-        success = bool(info["success"] > 0)
-        done = success or terminated or truncated or self._num_steps >= self.max_steps
+        for _ in range(self.action_repeat):
+            self._state, _, terminated, truncated, info = self._environment.step(np.clip(action, -1, 1))
+            self._num_steps += 1
+            success = bool(info["success"] > 0)
+            done = success or terminated or truncated or self._num_steps >= self.max_steps
+            if done:
+                break
         return StepResult(self._observation(), success, bool(done), {})
 
     def expert_action(self) -> NDArray[np.float32]:
