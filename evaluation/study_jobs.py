@@ -19,7 +19,7 @@ from lapa.evaluation.demo_report import code_motion
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS
 from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
-from lapa.evaluation.policies import DO_NOTHING, EXPERT, UNIPI, NamedPolicy, open_policy
+from lapa.evaluation.policies import UNIPI, NamedPolicy, open_policy
 from lapa.evaluation.small_vision_tokenizer import train_vision_tokenizer
 from lapa.evaluation.study import StudySettings
 from lapa.evaluation.study_plan import DEFAULT_WORLD
@@ -454,8 +454,8 @@ def play(work: Work) -> dict[str, Any]:
     rollouts = work.settings.rollouts_per_family
     suite = work.world.suite(work.settings, "study", tuple(work.extra["splits"]), rollouts, EVALUATION_SEEDS)
     name = work.extra.get("policy_name")
-    if name in (DO_NOTHING, EXPERT):
-        policy = open_policy(name, suite.action_dim())
+    if name is not None:
+        policy = open_policy(name, suite.action_dim(), action_bounds=suite.action_bounds())
     else:
         chosen = json.loads((work.inputs["choose"] / "done.json").read_text(encoding="utf-8"))["result"]
         policy = _open(work, chosen["policy"], chosen["temperature"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lapa.evaluation.policies import DO_NOTHING, EXPERT, RANDOM
 from lapa.evaluation.study import METHODS, Column, Method, Point, Study, StudySettings
 from lapa.evaluation.study_worlds import WORLDS
 
@@ -86,7 +87,7 @@ class Plan:
     Attributes:
         jobs: By key.
         entries: What the table is made of.
-        baselines: Keys of the jobs that play `do_nothing` and `expert`.
+        baselines: Keys of the jobs that play what is not learned: `do_nothing`, `random` and `expert`.
     """
 
     def __init__(self, study: Study) -> None:
@@ -96,7 +97,7 @@ class Plan:
         self.entries: list[Entry] = []
         self.baselines = {
             name: self._add("play", name, study.settings, policy_name=name, splits=study.splits)
-            for name in ("do_nothing", "expert")
+            for name in (DO_NOTHING, RANDOM, EXPERT)
         }
         for seed in study.seeds:
             for point in study.points or (None,):

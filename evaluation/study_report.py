@@ -10,6 +10,8 @@ from lapa.evaluation.evaluation_report import percent
 from lapa.evaluation.study_plan import Plan
 from lapa.evaluation.study_table import study_report
 
+# What every table states beside the methods: what needs no learning.
+BASELINES = {"do_nothing": "do nothing", "random": "random actions", "expert": "scripted expert"}
 COLOURS = {"scratch": "#cc8844", "unipi": "#9966aa", "vpt": "#55a868", "lapa": "#3366aa", "actionvla": "#777777"}
 
 
@@ -50,7 +52,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for row in table_rows(report):
         cells = [percent(entry["cell"]["over_seeds"], "value") if entry["cell"] else "" for entry in row["cells"]]
         lines.append(f"| {row['label']} {row['point']} | " + " | ".join(cells) + " |")
-    for name, label in (("do_nothing", "do nothing"), ("expert", "scripted expert")):
+    for name, label in BASELINES.items():
         if report[name]:
             cells = [
                 f"{100 * report[name][split]['success']:.1f}" for _ in report["columns"] for split in report["splits"]
@@ -211,7 +213,7 @@ def write_study_report(plan: Plan, stages: Path, output: Path) -> dict[str, Any]
     names = diagnosis_names(report)
     html = page.render(
         "study_report.html", report=report, rows=table_rows(report), plots=plots, diagnosis=names, percent=percent,
-        shown=shown_rollouts(plan, stages),
+        shown=shown_rollouts(plan, stages), baselines=BASELINES,
     )  # fmt: skip
     write_atomically(output / "report.html", html.encode())
     return report

@@ -98,7 +98,7 @@ class Results:
         }
 
     def baseline(self, name: str) -> dict[str, Any]:
-        """Cells of `do_nothing` or `expert`, one per split."""
+        """Cells of a policy that is not learned, one per split; empty before it was played."""
         outcomes = self._outcomes(self.plan.baselines[name])
         if outcomes is None:
             return {}
@@ -238,8 +238,7 @@ def study_report(plan: Plan, stages: Path) -> dict[str, Any]:
         "splits": list(study.splits),
         "methods": {name: METHODS[name].label for name in study.methods},
         "cells": cells,
-        "do_nothing": results.baseline("do_nothing"),
-        "expert": results.baseline("expert"),
+        **{name: results.baseline(name) for name in plan.baselines},
         "claims": results.claims(),
         "trends": trends(results) if study.points else [],
         "diagnosis": results.diagnosis(),

@@ -78,11 +78,69 @@ def test_a_quick_variant_is_smaller_and_has_a_name_of_its_own():
         ({"columns": {"a": {"video": "robot", "labelled": "all"}}}, "columns.a.video"),
         ({"columns": {"a": {"video": "arm", "labelled": ["reach", "fly"]}}}, "columns.a.labelled"),
         ({"surprise": 1}, "nothing but"),
+        ({"world": "moon"}, "`world` must be a list out of tabletop, metaworld"),
+        ({"world": "metaworld"}, r"`settings.families` must be a list out of assembly, .*'separate'"),
     ],
 )
 def test_a_wrong_study_is_refused_with_the_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_study(write(tmp_path, **changes))
+
+
+def test_each_world_has_its_own_tasks_embodiments_and_splits(tmp_path):
+    elsewhere = {"world": "metaworld", "settings": {"families": ["reach"]}}
+    with pytest.raises(ValueError, match="columns.in-domain.video` must be one of sawyer, got 'arm'"):
+        load_study(write(tmp_path, **elsewhere))
+    columns = {"in-domain": {"video": "sawyer", "labelled": "all"}}
+    with pytest.raises(ValueError, match="`splits` must be a list out of seen, got"):
+        load_study(write(tmp_path, **elsewhere, columns=columns, splits=["unseen"]))
+    assert load_study(write(tmp_path, **elsewhere, columns=columns)).world == "metaworld"
+
+
+def test_a_world_without_an_image_tokenizer_trains_one_for_all():
+    plan = Plan(load_study("metaworld-mt10"))
+    (tokenizer,) = [key for key, job in plan.jobs.items() if job.kind == "vision_tokenizer"]
+    for job in plan.jobs.values():
+        assert ("vision_tokenizer" in job.inputs) == (job.kind in ("image_tokens", "pretrain", "finetune"))
+        assert job.inputs.get("vision_tokenizer", tokenizer) == tokenizer
+        assert job.settings["world"] == "metaworld"
+
+
+def test_a_study_in_metaworld_runs(tmp_path):
+    pytest.importorskip("metaworld", reason='needs `pip install "lapa[metaworld]"`')
+    from lapa.evaluation.environments.metaworld import MetaWorldEvaluation
+
+    try:
+        MetaWorldEvaluation(image_size=16).start("reach", 0)
+    except ValueError as error:
+        pytest.skip(str(error))
+    settings = {name: value for name, value in TINY.items() if name not in ("families", "thresholds")} | {
+        "families": ["drawer-close"], "video_episodes": {"drawer-close": 3}, "image_size": 32, "tokenizer_episodes": 1,
+        "tokenizer_steps": 2, "tokenizer_codes": 16,
+    }  # fmt: skip
+    columns = {"in-domain": {"video": "sawyer", "labelled": "all"}}
+    study = load_study(write(tmp_path, world="metaworld", settings=settings, columns=columns, methods=["vpt", "lapa"]))
+    plan = Plan(study)
+    runner = Runner(plan, tmp_path / "stages", 2)
+    runner.run()
+    assert runner.failed == {}
+    report = write_study_report(plan, tmp_path / "stages", tmp_path / "out")
+    assert report["complete"]
+    assert (report["expert"]["seen"]["success"], report["do_nothing"]["seen"]["success"]) == (1.0, 0.0)
+    tokenizers = list((tmp_path / "stages").glob("vision_tokenizer-*"))
+    assert len(tokenizers) == 1
+
+
+def test_a_name_that_is_a_suite_too_plays_the_policy_that_is_given(monkeypatch, tmp_path):
+    from lapa.evaluation import evaluate_cli, study_cli
+
+    done = []
+    monkeypatch.setattr(study_cli, "run_study", lambda args: done.append("study") or 0)
+    monkeypatch.setattr(evaluate_cli, "_evaluate", lambda args: done.append("suite") or 0)
+    command = ["--suite", "metaworld-mt10", "--output", str(tmp_path)]
+    evaluate_cli.main([*command, "--policy", "expert"])
+    evaluate_cli.main(command)
+    assert done == ["suite", "study"]
 
 
 def test_a_suite_is_no_study(tmp_path):
@@ -225,6 +283,8 @@ def test_a_failure_costs_what_depends_on_it(tmp_path):
     assert report["missing"] == ["lapa in-domain seed 1"]
     assert report["expert"]["seen"]["success"] == 1.0
     assert report["do_nothing"]["seen"]["success"] == 0.0
+    assert report["random"]["seen"]["rollouts"] == 4
+    assert "| random actions |" in markdown(report)
     assert not list(stages.glob("**/checkpoint-*"))
     # What is there is not done again, and what failed is tried again.
     again = Runner(plan, stages, 1)
