@@ -296,7 +296,7 @@ def encode_frames(frames: np.ndarray, tokenizer: LapaVisionTokenizer) -> np.ndar
     codes = []
     for start in tqdm(range(0, len(frames), ENCODE_BATCH), desc="image tokens", unit="batch"):
         pixels = torch.from_numpy(frames[start : start + ENCODE_BATCH]).to(tokenizer.device)
-        codes.append(tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).codes.flatten(1).cpu())
+        codes.append(tokenizer.image_tokens(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu())
     return torch.cat(codes).numpy()
 
 

@@ -22,10 +22,6 @@ from transformers.utils.output_capturing import capture_outputs
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 
-# Pixels of the images that are encoded at a time on a CPU, 32 small images or one large one: what lies between the layers of
-# more leaves its caches, and a batch of 100 takes half as long again per image as one of 25.
-ENCODED_PIXELS = 32 * 32 * 32
-
 
 class LapaRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's rotary embedding, on request with the published code's rounding."""
@@ -150,10 +146,7 @@ class LapaModel(LapaPreTrainedModel):
                 "`pixel_values` need a vision tokenizer, and this model has none (`vision_tokenizer_config` is None): "
                 "pass precomputed `vision_codes`."
             )
-        if pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.vision_tokenizer.encode(pixel_values).codes.flatten(1)
-        size = max(1, ENCODED_PIXELS // max(1, pixel_values.shape[-2:].numel()))
-        return torch.cat([self.vision_tokenizer.encode(part).codes.flatten(1) for part in pixel_values.split(size)])
+        return self.vision_tokenizer.image_tokens(pixel_values)
 
     def fill_vision_codes(self, input_ids: torch.Tensor, vision_codes: torch.Tensor) -> torch.Tensor:
         """Replace the image placeholders (vision code 0) of each row by that row's codes.

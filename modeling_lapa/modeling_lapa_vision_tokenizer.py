@@ -16,6 +16,9 @@ from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTok
 NORM_EPS = 1e-6
 # `commitment_cost` of the published configuration.
 COMMITMENT_WEIGHT = 0.25
+# Pixels of the images that are encoded at a time on a CPU, 16 small images or one large one: what lies between the layers of
+# more leaves its caches, and a batch of 50 takes half as long again per image as one of 16.
+ENCODED_PIXELS = 16 * 32 * 32
 
 
 @dataclass
@@ -239,6 +242,25 @@ class LapaVisionTokenizer(PreTrainedModel):
         latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
         codes = self._nearest_codes(latents)
         return LapaVisionTokenizerEncoderOutput(codes=codes, quantized=self._lookup(codes), latents=latents)
+
+    @torch.no_grad()
+    def image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Codes of images row by row, as a policy reads them; faster than `encode` for many images on a CPU.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`, floating): See `encode`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_image_tokens)`, int64.
+
+        Raises:
+            ValueError: See `encode`.
+        """
+        if pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.encode(pixel_values).codes.flatten(1)
+        size = max(1, ENCODED_PIXELS // max(1, pixel_values.shape[-2:].numel()))
+        return torch.cat([self.encode(part).codes.flatten(1) for part in pixel_values.split(size)])
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """

@@ -9,6 +9,7 @@ from shared_files import shared_path
 
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
 from lapa.conversion.convert_checkpoints import convert_vision_tokenizer
+from lapa.modeling_lapa import modeling_lapa_vision_tokenizer
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 
 TINY = {
@@ -68,6 +69,17 @@ def test_frames_of_a_video_give_the_recorded_codes(recorded):
     tokenizer, recordings, _ = recorded
     frames = channels_first(recordings["video_pixel_values"].flatten(0, 1))
     assert torch.equal(tokenizer.encode(frames).codes, recordings["encode_video.indices"].long().flatten(0, 1))
+
+
+def test_image_tokens_are_the_codes_a_few_images_at_a_time(recorded, monkeypatch):
+    tokenizer, recordings, _ = recorded
+    frames = channels_first(recordings["video_pixel_values"].flatten(0, 1))
+    sizes, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda part: sizes.append(len(part)) or encode(part))
+    monkeypatch.setattr(modeling_lapa_vision_tokenizer, "ENCODED_PIXELS", 2 * frames.shape[-2:].numel())
+    tokens = tokenizer.image_tokens(frames)
+    assert torch.equal(tokens, recordings["encode_video.indices"].long().flatten(0, 1).flatten(1))
+    assert max(sizes) == 2 and sum(sizes) == len(frames)
 
 
 @pytest.mark.parametrize("case", ["decode", "decode_random"])

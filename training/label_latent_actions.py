@@ -157,7 +157,7 @@ def encode_images(
     with tqdm(total=total, desc="encoding images", unit="image", disable=not show_progress) as bar:
         for batch in _batches(images, batch_size):
             pixels = torch.as_tensor(np.asarray(image_processor(batch)["pixel_values"]))
-            codes.append(vision_tokenizer.encode(pixels.to(parameter.device, parameter.dtype)).codes.flatten(1).cpu())
+            codes.append(vision_tokenizer.image_tokens(pixels.to(parameter.device, parameter.dtype)).cpu())
             bar.update(len(batch))
     if not codes:
         raise ValueError("`images` holds no image.")

@@ -110,7 +110,7 @@ def encode_levels(tokenizer: LapaVisionTokenizer, levels: torch.Tensor) -> torch
     table = torch.from_numpy(PIXEL_VALUE_OF_LEVEL).to(parameter.device)
     # b h w c -> b c h w
     pixels = table[levels.to(parameter.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().int()]
-    return tokenizer.encode(pixels.to(parameter.dtype)).codes.flatten(1)
+    return tokenizer.image_tokens(pixels.to(parameter.dtype))
 
 
 def vision_code_folder(parent: Path, labels: LabelFolder, tokenizer_hash: str) -> Path:
