@@ -33,8 +33,9 @@ from lapa.processing.processing_lapa import LapaProcessor
 from lapa.processing.tokenization_lapa import LapaTokenizer
 from lapa.training.action_finetuning_trainer import LapaActionFinetuningTrainer
 from lapa.training.arguments import LapaActionFinetuningArguments, LapaLatentPretrainingArguments
-from lapa.training.label_latent_actions import label_latent_actions
+from lapa.training.label_latent_actions import hash_weights, label_latent_actions
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
+from lapa.training.lineage import record_latent_policy, record_quantizer
 from lapa.training.metrics import perplexity
 
 # Start states beyond every other's: of episodes for token accuracy, and of those on which temperatures are chosen.
@@ -92,6 +93,11 @@ class Work:
     def array(self, role: str) -> Any:
         """The array of another job."""
         return np.load(self.inputs[role] / "array.npy", allow_pickle=False)
+
+    def result(self, role: str) -> dict[str, Any]:
+        """What another job returned."""
+        done: dict[str, Any] = json.loads((self.inputs[role] / "done.json").read_text(encoding="utf-8"))["result"]
+        return done
 
     def keep(self, array: np.ndarray) -> None:
         """Writes the array of this job."""
@@ -202,6 +208,7 @@ def codes(work: Work) -> dict[str, Any]:
     order = np.random.default_rng(0).permutation(len(first))
     size = model.config.codebook_size
     return {
+        "quantizer": {"hash": hash_weights(work.inputs["quantizer"] / "model"), "name": work.inputs["quantizer"].name},
         "motion_r2": code_motion(labels[order], motion[order], size),
         "perplexity": perplexity(np.bincount(labels.ravel(), minlength=size)),
     }
@@ -298,6 +305,9 @@ def pretrain(work: Work) -> dict[str, Any]:
 
     train, test = _split(episode)
     config = work.policy_config(len(processor.tokenizer))
+    if on_codes:
+        labeller = work.result("targets")["quantizer"]
+        record_quantizer(config, labeller["hash"], labeller["name"])
     model_class = LapaForLatentAction if on_codes else LapaForActionPrediction
     model = stages.fresh_policy(model_class, config, work.vision_tokenizer(), work.seed)
     arguments_class = LapaLatentPretrainingArguments if on_codes else LapaActionFinetuningArguments
@@ -343,6 +353,7 @@ def finetune(work: Work) -> dict[str, Any]:
     torch.manual_seed(seed + 1)
     if "pretrained" in work.inputs:
         model = LapaForActionPrediction.from_pretrained(work.inputs["pretrained"] / "model", **options)
+        record_latent_policy(model.config, work.inputs["pretrained"] / "model")
     else:
         config = work.policy_config(len(processor.tokenizer))
         model = stages.fresh_policy(LapaForActionPrediction, config, tokenizer, seed)
@@ -457,7 +468,7 @@ def play(work: Work) -> dict[str, Any]:
     if name is not None:
         policy = open_policy(name, suite.action_dim(), action_bounds=suite.action_bounds())
     else:
-        chosen = json.loads((work.inputs["choose"] / "done.json").read_text(encoding="utf-8"))["result"]
+        chosen = work.result("choose")
         policy = _open(work, chosen["policy"], chosen["temperature"])
     report = _play(work.world, policy, suite, work.folder / "evaluation", 1).report()
     return {"cells": report["cells"]}

@@ -10,12 +10,14 @@ import yaml
 pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
+from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.evaluation import study_jobs, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
 from lapa.evaluation.study_report import markdown, table_rows, write_study_report
 from lapa.evaluation.study_runner import DONE, Runner, locked
 from lapa.evaluation.study_table import Results, study_report, trends
+from lapa.training.label_latent_actions import hash_weights
 
 TINY = {
     "families": ["reach", "separate"],
@@ -346,6 +348,12 @@ def test_every_method_is_trained_played_and_reported(tmp_path):
     assert report["complete"]
     assert {name.split("/")[0] for name in report["cells"]} == set(METHODS)
     assert all(cell["rollouts"] == 4 for cell in report["cells"].values())
+    # Whose codes a policy learned is recorded, so that nobody imagines with another quantizer.
+    jobs = jobs_of(plan, "lapa")
+    quantizer, policy = (tmp_path / "stages" / key / "model" for key in (jobs["quantizer"], jobs["policy-2-0.001"]))
+    config = LapaConfig.from_pretrained(policy)
+    assert (config.quantizer_hash, config.quantizer_name) == (hash_weights(quantizer), jobs["quantizer"])
+    assert config.latent_policy_hash == hash_weights(tmp_path / "stages" / jobs["pretrain"] / "model")
     said = {row["method"]: set(row) for row in report["diagnosis"]}
     assert "true motion in the codes, R²" in said["lapa"] and "pseudo actions on the video, R²" in said["vpt"]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
