@@ -10,6 +10,28 @@ import av
 import numpy as np
 
 FRAME_RATE = 30
+X264 = "b-adapt=0:scenecut=0"
+# Codec, container and options: orders and references of many kinds.
+VIDEOS = {
+    "h264": ("libx264", "mp4", {"g": "24", "bf": "3"}),
+    "h264 pyramid": ("libx264", "mp4", {"g": "36", "bf": "8", "x264-params": f"{X264}:b-pyramid=normal:ref=4"}),
+    "h264 open GOP": ("libx264", "matroska", {"x264-params": f"{X264}:keyint=20:min-keyint=20:open-gop=1:bframes=5"}),
+    "h264 intra refresh": ("libx264", "mp4", {"x264-params": "intra-refresh=1:keyint=15:bframes=2"}),
+    "h264 interlaced": ("libx264", "mp4", {"x264-params": "interlaced=1:keyint=20"}),
+    "h264 fragments": ("libx264", "mp4", {"g": "24"}),
+    "hevc open GOP": ("libx265", "mp4", {"x265-params": "log-level=none:keyint=24:open-gop=1"}),
+    "hevc layers": ("libx265", "matroska", {"x265-params": "log-level=none:keyint=24:temporal-layers=3:b-adapt=0"}),
+    "av1": ("libsvtav1", "mp4", {"g": "32", "preset": "12"}),
+    "av1 pyramid": ("libsvtav1", "mp4", {"preset": "9", "svtav1-params": "film-grain=8:keyint=300"}),
+    "av1 low delay": ("libsvtav1", "webm", {"preset": "12", "svtav1-params": "pred-struct=1:keyint=300"}),
+    "av1 short GOP": ("libsvtav1", "webm", {"g": "2", "preset": "12"}),
+    "vp9": ("libvpx-vp9", "webm", {"g": "24", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "10"}),
+    "vp8": ("libvpx", "webm", {"g": "40", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1"}),
+    "mpeg4": ("mpeg4", "mp4", {"g": "12", "bf": "2"}),
+    "mpeg4 in avi": ("mpeg4", "avi", {"g": "12", "bf": "0"}),
+    "mpeg4 in avi, reordered": ("mpeg4", "avi", {"g": "12", "bf": "2"}),
+    "one GOP": ("libx264", "mp4", {"g": "250"}),
+}
 
 
 def moving_frames(count: int, width: int = 96, height: int = 64, seed: int = 0) -> list[np.ndarray]:
