@@ -216,12 +216,12 @@ def codes(work: Work) -> dict[str, Any]:
 
 def inverse_dynamics(work: Work) -> dict[str, Any]:
     """VPT's and UniPi's model of which action lies between two frames."""
+    from lapa.evaluation.baselines.action_regression import r_squared
     from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
     from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
     from lapa.evaluation.baselines.inverse_dynamics_training import (
         InverseDynamicsSettings,
         label_actions,
-        r_squared,
         train_inverse_dynamics,
     )
     from lapa.evaluation.baselines.training import Schedule
@@ -256,8 +256,9 @@ def inverse_dynamics(work: Work) -> dict[str, Any]:
 
 def pseudo_actions(work: Work) -> dict[str, Any]:
     """The inverse dynamics model's labels of the video."""
+    from lapa.evaluation.baselines.action_regression import r_squared
     from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
-    from lapa.evaluation.baselines.inverse_dynamics_training import label_actions, r_squared
+    from lapa.evaluation.baselines.inverse_dynamics_training import label_actions
 
     recording = work.recording("video")
     model = InverseDynamicsModel.from_pretrained(work.inputs["inverse_dynamics"] / "model").to(work.device)

@@ -8,15 +8,14 @@ import torch
 from baseline_worlds import INVERSE_DYNAMICS, SQUARE_SETTINGS, moving_squares
 from transformers import AutoModel
 
+from lapa.evaluation.baselines.action_regression import hold_out, r_squared
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.inverse_dynamics_training import (
     FramePairActions,
     InverseDynamicsSettings,
     augment,
-    hold_out,
     label_actions,
-    r_squared,
     train_inverse_dynamics,
 )
 from lapa.evaluation.baselines.training import BaselineTrainer, Schedule

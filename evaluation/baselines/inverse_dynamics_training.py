@@ -1,7 +1,7 @@
 """Training VPT's inverse dynamics model on labelled frames, and labelling video with it."""
 
-import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers.trainer_utils import set_seed
 
-from lapa.data.atomic_files import write_atomically
-from lapa.evaluation.baselines.card import write_card
+from lapa.evaluation.baselines.action_regression import (
+    ActionRegression,
+    ActionRegressionTrainer,
+    train_action_regression,
+)
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
-from lapa.evaluation.baselines.training import BaselineTrainer, Schedule, train_to_end
-from lapa.hub_cards.card import RESULTS_NAME
+from lapa.evaluation.baselines.training import Schedule
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,9 @@ def augment(pixels: torch.Tensor, max_shift: int, colour_jitter: float) -> torch
     return pixels
 
 
-def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors stacked, `example_id` as a list."""
-    batch: dict[str, Any] = {}
-    for name in examples[0]:
-        values = [example[name] for example in examples]
-        batch[name] = values if name == "example_id" else torch.stack(values)
-    return batch
-
-
-class InverseDynamicsTrainer(BaselineTrainer):
+class InverseDynamicsTrainer(ActionRegressionTrainer):
     """
-    Trainer of [`InverseDynamicsModel`]; an evaluation says how much of the actions' variance is explained, as `r2`.
+    Trainer of [`InverseDynamicsModel`].
 
     Args:
         settings: Training pairs are augmented by them.
@@ -125,10 +117,8 @@ class InverseDynamicsTrainer(BaselineTrainer):
     """
 
     def __init__(self, *args: Any, settings: InverseDynamicsSettings, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=collate, **kwargs)
+        super().__init__(*args, **kwargs)
         self.settings = settings
-        self._predicted: list[torch.Tensor] = []
-        self._true: list[torch.Tensor] = []
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loss of a batch, of an augmented one in training."""
@@ -136,34 +126,6 @@ class InverseDynamicsTrainer(BaselineTrainer):
             pixels = augment(inputs["pixel_values"], self.settings.max_shift, self.settings.colour_jitter)
             inputs = inputs | {"pixel_values": pixels}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Keeps what is predicted, see [`~lapa.training.metrics_trainer.MetricsTrainer`]."""
-        loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        predicted, true = self.accelerator.gather_for_metrics((outputs.actions, inputs["actions"]))
-        self._predicted.append(predicted.cpu())
-        self._true.append(true.cpu())
-        return loss
-
-    def evaluation_metrics(self) -> dict[str, float]:
-        """`r2`, the mean over dimensions, and `r2_<dimension>`."""
-        scores = r_squared(torch.cat(self._predicted).numpy(), torch.cat(self._true).numpy())
-        self._predicted, self._true = [], []
-        named = {f"r2_{dimension}": float(score) for dimension, score in enumerate(scores)}
-        return named | {"r2": float(np.mean(scores))}
-
-
-def r_squared(predicted: ArrayLike, true: ArrayLike) -> NDArray[np.float64]:
-    """Share of the variance that is explained, per dimension (action_dim,); NaN for a dimension that does not vary.
-
-    Args:
-        predicted, true: (num_pairs, action_dim).
-    """
-    predicted, true = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
-    spread = ((true - true.mean(0)) ** 2).sum(0)
-    error = ((true - predicted) ** 2).sum(0)
-    scores: NDArray[np.float64] = np.where(spread > 0, 1 - error / np.where(spread > 0, spread, 1), np.nan)
-    return scores
 
 
 def train_inverse_dynamics(
@@ -196,56 +158,15 @@ def train_inverse_dynamics(
         ValueError: Rows of unequal number, actions of another size, too little to hold anything out.
     """
     known = np.asarray(actions, dtype=np.float32)
-    if known.ndim != 2 or known.shape[1] != config.action_dim:
-        raise ValueError(f"`actions` must have shape (num_pairs, {config.action_dim}), got {known.shape}.")
-    groups = np.arange(len(known)) if episode is None else np.asarray(episode)
-    if len(groups) != len(known):
-        raise ValueError(f"`episode` has {len(groups)} rows for {len(known)} actions.")
-    held_out = hold_out(groups, settings.held_out_share, seed)
-    std = known[~held_out].std(0)
-    config = InverseDynamicsConfig.from_dict(
-        config.to_dict()
-        | {
-            "action_mean": known[~held_out].mean(0).tolist(),
-            # A dimension that stands still is predicted as its mean.
-            "action_std": np.where(std > 1e-6, std, 1.0).tolist(),
-        }
+    task = ActionRegression(
+        config,
+        InverseDynamicsModel,
+        lambda rows: FramePairActions(first[rows], second[rows], known[rows]),
+        partial(InverseDynamicsTrainer, settings=settings),
     )
-    set_seed(seed)
-    evaluates = bool(held_out.any())
-    trainer = InverseDynamicsTrainer(
-        model=InverseDynamicsModel(config),
-        args=settings.schedule.arguments(
-            output, seed, evaluates, "eval_loss" if evaluates and settings.keep_best else None
-        ),
-        train_dataset=FramePairActions(first[~held_out], second[~held_out], known[~held_out]),
-        eval_dataset=FramePairActions(first[held_out], second[held_out], known[held_out]) if evaluates else None,
-        settings=settings,
+    return train_action_regression(
+        task, known, settings.schedule, settings.held_out_share, settings.keep_best, seed, output, episode
     )
-    log = train_to_end(trainer)
-    if evaluates:
-        _write_result(trainer.evaluate(), output, len(np.unique(groups[held_out])))
-    write_card(output, config)
-    return log
-
-
-def _write_result(metrics: dict[str, float], output: Path, num_episodes: int) -> None:
-    """R^2 of the model that is kept, where its card looks for results."""
-    value = metrics["eval_r2"]
-    row = {"dataset": "held-out labelled episodes", "metric": "r2", "value": value, "episodes": num_episodes}
-    rows = [row] if np.isfinite(value) else []
-    write_atomically(output / RESULTS_NAME, json.dumps({"results": rows}, indent=1).encode())
-
-
-def hold_out(groups: NDArray[Any], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which rows are held out: those of a share of the groups, at least one group where the share is above 0."""
-    names = np.unique(groups)
-    if not share:
-        return np.zeros(len(groups), dtype=bool)
-    if len(names) < 2:
-        raise ValueError(f"`held_out_share` ({share}) needs at least 2 episodes, got {len(names)}.")
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    return np.isin(groups, np.random.default_rng(seed).permutation(names)[:count])
 
 
 def label_actions(
@@ -284,8 +205,6 @@ __all__ = [
     "FramePairActions",
     "InverseDynamicsSettings",
     "InverseDynamicsTrainer",
-    "hold_out",
     "label_actions",
-    "r_squared",
     "train_inverse_dynamics",
 ]
