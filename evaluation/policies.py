@@ -1,4 +1,4 @@
-"""What `--policy` names: a model folder (ours, or a UniPi policy), the environment's expert, doing nothing, random actions, or a server."""
+"""What `--policy` names: a model folder (ours, one with an action decoder, or a UniPi policy), the environment's expert, doing nothing, random actions, or a server."""
 
 import hashlib
 import json
@@ -21,6 +21,9 @@ from lapa.evaluation.rollout import (
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
 # `model_type` of folders that hold no finetuned model of ours.
 UNIPI, INVERSE_DYNAMICS = "lapa_video_diffusion", "lapa_inverse_dynamics"
+LATENT_DECODER = "lapa_latent_action_decoder"
+# Of the action decoder in a latent-pretrained model's folder.
+DECODER_FOLDER = "action_decoder"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def open_policy(
 
     Args:
         name: `expert`, `do_nothing`, `random`, a URL (`http://host:port`) of a server that speaks OpenVLA's protocol, a
-            folder or Hub name of a finetuned model, or a folder of a UniPi policy.
+            folder or Hub name of a finetuned model, or a folder of a latent-pretrained model with an action decoder or of a
+            UniPi policy.
         action_dim: Length of the environment's actions.
         unnorm_key: Statistics that de-tokenise; may be None where there is one set.
         device: Of a model; a GPU if there is one.
@@ -122,11 +126,16 @@ def _open_model(
     if model_type == UNIPI:
         _refuse({"unnorm_key": unnorm_key, **generation}, name)
         return _open_unipi(name, action_dim, device, replan_every)
+    if model_type == LATENT_DECODER:
+        raise ValueError(f"`policy` ({name}) is an action decoder alone: it decodes codes and does not see.")
     options = {key: value for key, value in generation.items() if value is not None}
     if options.get("temperature") is not None and not options.get("do_sample"):
         raise ValueError("`temperature` needs `do_sample`: without it actions are chosen greedily.")
     if options.get("do_sample"):
         options.setdefault("top_k", 0)
+    if (Path(name) / DECODER_FOLDER / "config.json").is_file():
+        _refuse({"unnorm_key": unnorm_key, "replan_every": replan_every}, name)
+        return _open_decoder(name, action_dim, device, options)
     policy = LapaPolicy.from_pretrained(name, unnorm_key, **options)
     _check_action_dim(name, policy.model.config.action_dim, action_dim)
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -179,6 +188,29 @@ def _open_unipi(name: str, action_dim: int, device: str | None, replan_every: in
         "replan_every": replan,
     }
     return NamedPolicy(name, ChunkController(ChunkPlayer(policy, replan)), identity, policy.reseed)
+
+
+def _open_decoder(name: str, action_dim: int, device: str | None, options: Mapping[str, Any]) -> NamedPolicy:
+    import torch
+
+    from lapa.evaluation.baselines.latent_decoder_policy import LatentDecoderPolicy
+
+    policy = LatentDecoderPolicy.from_pretrained(name, **options)
+    _check_action_dim(name, policy.action_dim, action_dim)
+    policy.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    draws = EpisodeDraws() if options.get("do_sample") else None
+    identity = {
+        "policy": weights_hash(policy.model),
+        "decoder": weights_hash(policy.decoder),
+        # The action statistics stand in the config.
+        "configs": hashlib.sha256(
+            (policy.processor.to_json_string() + policy.decoder.config.to_json_string()).encode()
+        ).hexdigest(),
+        "device": policy.model.device.type,
+        "generation": options,
+    }
+    controller = PolicyController(policy, policy.model.config.use_proprio, draws)
+    return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
 
 
 def _check_action_dim(name: str, model: int, environment: int) -> None:

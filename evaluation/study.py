@@ -43,6 +43,7 @@ class StudySettings(DemoSettings):
         finetuning_candidates: Steps and learning rate of the finetunings that are tried, the same for all methods. Which
             one is played, and at which temperature, is chosen on the validation episodes.
         inverse_dynamics_steps, video_model_steps: Optimizer steps of VPT's and UniPi's models.
+        latent_decoder_steps: Optimizer steps of what decodes LAPA's codes.
         inverse_dynamics_sizes: Channels of the stages of the former.
         video_model_finetuning_steps: Steps that UniPi's video model goes on with on the labelled episodes.
         video_model_batch_size, video_model_learning_rate, video_model_options: Of its training; the last are fields of its
@@ -60,6 +61,7 @@ class StudySettings(DemoSettings):
     finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
     inverse_dynamics_steps: int = 800
     inverse_dynamics_sizes: tuple[int, ...] = (32, 64)
+    latent_decoder_steps: int = 500
     video_model_steps: int = 1700
     video_model_finetuning_steps: int = 150
     video_model_batch_size: int = 32
@@ -96,12 +98,14 @@ class Method:
             policy at all but a video model that draws what it would see.
         quantizer_options: Fields of the quantizer's config that differ.
         keep_latent_head: Whether finetuning goes on to predict codes beside actions.
+        decode_codes: No finetuning: the labelled steps train a decoder of the codes that stage 2 predicts.
     """
 
     label: str
     targets: str | None
     quantizer_options: Mapping[str, Any] = field(default_factory=dict)
     keep_latent_head: bool = False
+    decode_codes: bool = False
 
 
 METHODS = {
@@ -109,6 +113,7 @@ METHODS = {
     "unipi": Method("UniPi", "frames"),
     "vpt": Method("VPT", "pseudo_actions"),
     "lapa": Method("LAPA", "codes"),
+    "lapa-decoder": Method("LAPA, codes decoded", "codes", decode_codes=True),
     "actionvla": Method("ActionVLA", "actions"),
     "lapa-cross-attention": Method(
         "LAPA, cross-attention injection", "codes", {"action_injection": "cross_attention"}

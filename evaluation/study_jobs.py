@@ -19,7 +19,7 @@ from lapa.evaluation.demo_report import code_motion
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS, LABELLED_SEEDS, SEED_STRIDE, VIDEO_SEEDS
 from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
-from lapa.evaluation.policies import UNIPI, NamedPolicy, open_policy
+from lapa.evaluation.policies import DECODER_FOLDER, UNIPI, NamedPolicy, open_policy
 from lapa.evaluation.small_vision_tokenizer import train_vision_tokenizer
 from lapa.evaluation.study import StudySettings
 from lapa.evaluation.study_plan import DEFAULT_WORLD
@@ -200,18 +200,23 @@ def quantizer(work: Work) -> dict[str, Any]:
 def codes(work: Work) -> dict[str, Any]:
     """The quantizer's labels, and what they say of the true motion."""
     recording, gap = work.recording("video"), work.settings.frame_gap
-    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
-    labels = label_latent_actions(model, FramePairDataset(recording.episodes(), gap), batch_size=256)
+    labels = _codes(work, recording)
     work.keep(labels)
     _, first = recording.steps(gap)
     motion = recording.effector[first + gap] - recording.effector[first]
     order = np.random.default_rng(0).permutation(len(first))
-    size = model.config.codebook_size
+    size = work.settings.codebook_size
     return {
         "quantizer": {"hash": hash_weights(work.inputs["quantizer"] / "model"), "name": work.inputs["quantizer"].name},
         "motion_r2": code_motion(labels[order], motion[order], size),
         "perplexity": perplexity(np.bincount(labels.ravel(), minlength=size)),
     }
+
+
+def _codes(work: Work, recording: stages.Recording) -> Any:
+    """The quantizer's labels (num_pairs, num_latent_tokens) of a recording."""
+    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
+    return label_latent_actions(model, FramePairDataset(recording.episodes(), work.settings.frame_gap), batch_size=256)
 
 
 def inverse_dynamics(work: Work) -> dict[str, Any]:
@@ -373,12 +378,46 @@ def finetune(work: Work) -> dict[str, Any]:
 def _latent_examples(work: Work, processor: LapaProcessor, recording: stages.Recording) -> Dataset[Any]:
     """The labelled frames with the quantizer's codes, for a policy that goes on to predict them."""
     episode, frame = recording.steps(work.settings.frame_gap)
-    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
-    labels = label_latent_actions(
-        model, FramePairDataset(recording.episodes(), work.settings.frame_gap), batch_size=256
-    )
+    labels = _codes(work, recording)
     vision = stages.encode_frames(recording.frames, work.vision_tokenizer())[frame]
     return EncodedStepDataset(processor, recording.instructions[episode], vision, latent_action_codes=labels)
+
+
+def latent_decoder(work: Work) -> dict[str, Any]:
+    """What takes stage 3's place where codes are decoded: the labelled steps train a decoder, the policy stays as it is."""
+    from lapa.evaluation.baselines.action_regression import r_squared
+    from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
+    from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
+    from lapa.evaluation.baselines.latent_decoder_policy import write_latent_decoder_policy
+    from lapa.evaluation.baselines.latent_decoder_training import LatentDecoderSettings, train_latent_decoder
+    from lapa.evaluation.baselines.training import Schedule
+
+    settings, folder = work.settings, work.folder / "decoder"
+    labels, actions, episodes = {}, {}, {}
+    for role in ("labelled", "held_out"):
+        recording = work.recording(role)
+        labels[role] = _codes(work, recording)
+        episodes[role], first = recording.steps(settings.frame_gap)
+        actions[role] = recording.actions[first]
+    config = LatentActionDecoderConfig(
+        codebook_size=settings.codebook_size,
+        num_latent_tokens=settings.num_latent_tokens,
+        action_dim=work.world.action_dim,
+        quantizer_hash=hash_weights(work.inputs["quantizer"] / "model"),
+    )
+    # All labelled episodes are trained on, as by the other methods.
+    training = LatentDecoderSettings(
+        Schedule(settings.latent_decoder_steps, 64, 3e-3, weight_decay=0.01), held_out_share=0.0, keep_best=False
+    )
+    log = train_latent_decoder(
+        labels["labelled"], actions["labelled"], config, training, work.seed, folder, episodes["labelled"]
+    )
+    predicted = LatentActionDecoder.from_pretrained(folder).predict_actions(torch.from_numpy(labels["held_out"]))
+    write_latent_decoder_policy(work.inputs["pretrained"] / "model", folder, work.folder / "model")
+    return {
+        "final_loss": log[-1]["loss"],
+        "decoder_r2": float(np.mean(r_squared(predicted.numpy(), actions["held_out"]))),
+    }
 
 
 def video_model(work: Work) -> dict[str, Any]:
@@ -425,7 +464,9 @@ def _open(work: Work, role: str, temperature: float) -> NamedPolicy:
     if _is_unipi(folder):
         return open_policy(str(folder), work.world.action_dim)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    return open_policy(str(folder), work.world.action_dim, work.world.name, work.device, **sampling)
+    # A decoder of codes has the statistics of its actions in itself.
+    key = None if (folder / DECODER_FOLDER).is_dir() else work.world.name
+    return open_policy(str(folder), work.world.action_dim, key, work.device, **sampling)
 
 
 def _is_unipi(folder: Path) -> bool:
@@ -448,7 +489,7 @@ def choose(work: Work) -> dict[str, Any]:
         work.settings, "validation", (split,), work.settings.validation_rollouts, VALIDATION_SEEDS
     )
     roles = [role for role in work.inputs if role.startswith("policy")]
-    if roles == ["policy"]:  # nothing to choose
+    if roles == ["policy"] and _is_unipi(work.inputs["policy"] / "model"):  # nothing to choose
         return {"policy": "policy", "temperature": 0.0, "successes": {}}
     successes: dict[str, int] = {}
     options: dict[str, tuple[str, float]] = {}
@@ -478,7 +519,7 @@ def play(work: Work) -> dict[str, Any]:
 JOBS: dict[str, Callable[[Work], dict[str, Any]]] = {
     function.__name__: function
     for function in (video, labelled, held_out, vision_tokenizer, image_tokens, quantizer, codes, inverse_dynamics, pseudo_actions,
-                     pretrain, finetune, video_model, choose, play)
+                     pretrain, finetune, latent_decoder, video_model, choose, play)
 }  # fmt: skip
 
 

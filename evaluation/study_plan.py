@@ -28,6 +28,7 @@ READS: dict[str, tuple[str, ...]] = {
     "pseudo_actions": (),
     "pretrain": (*TRUNK, "frame_gap", "pretraining_steps", "pretraining_batch_size", "pretraining_learning_rate"),
     "finetune": (*TRUNK, "frame_gap", "finetuning_batch_size"),
+    "latent_decoder": ("frame_gap", "codebook_size", "num_latent_tokens", "latent_decoder_steps"),
     "video_model": (
         "image_size",
         "video_model_steps",
@@ -159,12 +160,15 @@ class Plan:
     def _policies(
         self, jobs: dict[str, str], method: Method, where: str, settings: StudySettings, seed: int
     ) -> dict[str, str]:
-        """A finetuning per candidate."""
+        """A finetuning per candidate, or what takes its place."""
         inputs = self._images(jobs) | {"labelled": jobs["labelled"], "held_out": jobs["held_out"]}
         extra: dict[str, Any] = {}
         if method.targets is not None:
             self._pretraining(jobs, method, where, settings, seed)
             inputs["pretrained"] = jobs["pretrain"]
+        if method.decode_codes:
+            inputs["quantizer"] = jobs["quantizer"]
+            return {"policy": self._add("latent_decoder", where, settings, inputs, seed=seed)}
         if method.keep_latent_head:
             inputs["quantizer"] = jobs["quantizer"]
             extra["keep_latent_head"] = True

@@ -26,7 +26,8 @@ DIAGNOSIS = {
                 "video_r2": "pseudo actions on the video, R²"},
     "inverse_dynamics": {"held_out_r2": "inverse dynamics, R²"},
     "pretrain": {"held_out_accuracy": "stage 2, tokens right", "majority": "stage 2, most frequent token"},
-    "chosen": {"held_out_accuracy": "stage 3, tokens right", "majority": "stage 3, most frequent token"},
+    "chosen": {"held_out_accuracy": "stage 3, tokens right", "majority": "stage 3, most frequent token",
+               "decoder_r2": "actions from true codes, R²"},
 }  # fmt: skip
 
 Outcomes = dict[str, list[bool]]

@@ -20,6 +20,7 @@ from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
+from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
 from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
 
 
@@ -112,7 +113,14 @@ AFTER_IMPORT: dict[str, Callable[[], None]] = {
 
 def register() -> None:
     """Register configs, models, processor and pipeline; calling it again changes nothing."""
-    configs = (LapaConfig, LapaQuantizerConfig, LapaVisionTokenizerConfig, InverseDynamicsConfig, VideoDiffusionConfig)
+    configs = (
+        LapaConfig,
+        LapaQuantizerConfig,
+        LapaVisionTokenizerConfig,
+        InverseDynamicsConfig,
+        VideoDiffusionConfig,
+        LatentActionDecoderConfig,
+    )
     for config_class in configs:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     policies = tuple(
@@ -129,6 +137,8 @@ def register() -> None:
     baselines = "lapa.evaluation.baselines"
     inverse_dynamics = _deferred(f"{baselines}.inverse_dynamics", "InverseDynamicsModel")
     AutoModel.register(InverseDynamicsConfig, inverse_dynamics, exist_ok=True)
+    latent_decoder = _deferred(f"{baselines}.latent_decoder", "LatentActionDecoder")
+    AutoModel.register(LatentActionDecoderConfig, latent_decoder, exist_ok=True)
     video_model = _deferred(f"{baselines}.video_diffusion", "VideoDiffusionModel")
     AutoModel.register(VideoDiffusionConfig, video_model, exist_ok=True)
     for module, action in AFTER_IMPORT.items():

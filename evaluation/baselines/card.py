@@ -5,6 +5,7 @@ from typing import Any
 
 from lapa.data.atomic_files import write_atomically
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
+from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
 from lapa.evaluation.baselines.configuration_video_diffusion import VideoDiffusionConfig
 from lapa.hub_cards.card import NO_LICENCE, CardOptions, CardPage, render_page
 from lapa.hub_cards.checkpoint import read_weights
@@ -12,7 +13,10 @@ from lapa.hub_cards.checkpoint import read_weights
 CARD_NAME = "README.md"
 
 
-def write_card(folder: Path, config: InverseDynamicsConfig | VideoDiffusionConfig, is_policy: bool = False) -> None:
+BaselineConfig = InverseDynamicsConfig | LatentActionDecoderConfig | VideoDiffusionConfig
+
+
+def write_card(folder: Path, config: BaselineConfig, is_policy: bool = False) -> None:
     """
     Write the card of a trained model beside its weights, from what its training recorded there.
 
@@ -27,6 +31,8 @@ def write_card(folder: Path, config: InverseDynamicsConfig | VideoDiffusionConfi
     values: dict[str, Any] = {}
     if isinstance(config, InverseDynamicsConfig):
         page = CardPage("inverse_dynamics", "inverse dynamics model", config, sizes, *licence)
+    elif isinstance(config, LatentActionDecoderConfig):
+        page = CardPage("latent_decoder", "latent action decoder", config, sizes, *licence)
     else:
         page = CardPage("video_diffusion", "video diffusion model", config, sizes, *licence)
         values["is_policy"] = is_policy
@@ -34,7 +40,13 @@ def write_card(folder: Path, config: InverseDynamicsConfig | VideoDiffusionConfi
     write_atomically(folder / CARD_NAME, str(card).encode())
 
 
-def _sizes(config: InverseDynamicsConfig | VideoDiffusionConfig) -> list[tuple[str, str]]:
+def _sizes(config: BaselineConfig) -> list[tuple[str, str]]:
+    if isinstance(config, LatentActionDecoderConfig):
+        return [
+            ("codes", f"{config.num_latent_tokens} of {config.codebook_size} values"),
+            ("MLP", f"{config.mlp_hidden_size} wide, over embeddings of {config.embedding_size}"),
+            ("action", f"{config.action_dim} dimensions"),
+        ]
     pixels = f"{config.image_size} x {config.image_size} pixels"
     if isinstance(config, InverseDynamicsConfig):
         stages = ", ".join(f"{depth} of {width}" for depth, width in zip(config.depths, config.hidden_sizes))

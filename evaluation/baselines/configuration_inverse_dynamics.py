@@ -1,9 +1,25 @@
 """Configuration of the inverse dynamics model."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+
+def check_action_statistics(config: Any) -> None:
+    """
+    Refuses statistics that do not fit `config.action_dim`.
+
+    Raises:
+        ValueError: Another number of values, values that are not finite, deviations that are not positive.
+    """
+    for name in ("action_mean", "action_std"):
+        values = getattr(config, name)
+        if values is not None and (len(values) != config.action_dim or not all(map(math.isfinite, values))):
+            raise ValueError(f"`{name}` must be {config.action_dim} finite numbers (`action_dim`), got {values}.")
+    if config.action_std is not None and min(config.action_std) <= 0:
+        raise ValueError(f"`action_std` must be positive, got {config.action_std}.")
 
 
 @strict
@@ -55,12 +71,7 @@ class InverseDynamicsConfig(PreTrainedConfig):
                 f"`hidden_sizes` and `depths` must name the same stages, got {len(self.hidden_sizes)} and "
                 f"{len(self.depths)}."
             )
-        for name in ("action_mean", "action_std"):
-            values = getattr(self, name)
-            if values is not None and (len(values) != self.action_dim or not all(map(math.isfinite, values))):
-                raise ValueError(f"`{name}` must be {self.action_dim} finite numbers (`action_dim`), got {values}.")
-        if self.action_std is not None and min(self.action_std) <= 0:
-            raise ValueError(f"`action_std` must be positive, got {self.action_std}.")
+        check_action_statistics(self)
 
 
-__all__ = ["InverseDynamicsConfig"]
+__all__ = ["InverseDynamicsConfig", "check_action_statistics"]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ResNetConfig, ResNetModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from lapa.evaluation.baselines.action_statistics import fill_action_statistics, register_action_statistics
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 
 
@@ -65,18 +66,14 @@ class InverseDynamicsModel(PreTrainedModel):
             nn.ReLU(),
             nn.Linear(config.mlp_hidden_size, config.action_dim),
         )
-        for name, default in (("action_mean", 0.0), ("action_std", 1.0)):
-            self.register_buffer(name, torch.full((config.action_dim,), default), persistent=False)
+        register_action_statistics(self, config.action_dim)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            # Not persistent, so that there is one place where they are kept: the config.
-            for name, default in (("action_mean", 0.0), ("action_std", 1.0)):
-                values = getattr(self.config, name) or [default] * self.config.action_dim
-                init.copy_(getattr(self, name), torch.tensor(values, dtype=torch.float32))
+            fill_action_statistics(self)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, nonlinearity="relu")
             init.zeros_(module.bias)

@@ -1,6 +1,5 @@
 """UniPi as a policy: plan in video, read the actions off the plan."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from lapa.evaluation.baselines.card import write_card
+from lapa.evaluation.baselines.folders import new_folder
 from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
 from lapa.evaluation.baselines.video_diffusion import VideoDiffusionModel
 from lapa.evaluation.baselines.video_diffusion_training import encode_instructions
@@ -142,24 +142,19 @@ def write_unipi(video_model: str | Path, inverse_dynamics: str | Path, output: P
     Raises:
         ValueError: `output` holds something else, and models that do not fit together.
     """
-    if output.exists() and not (output / INVERSE_DYNAMICS_FOLDER / "config.json").is_file():
-        raise ValueError(f"`output` ({output}) exists and holds no UniPi policy: name a new folder.")
-    policy = UniPiPolicy(
-        VideoDiffusionModel.from_pretrained(video_model),
-        InverseDynamicsModel.from_pretrained(inverse_dynamics),
-        LapaTokenizer.from_pretrained(video_model),
-    )
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.video_model.save_pretrained(partial)
-    policy.tokenizer.save_pretrained(partial)
-    policy.inverse_dynamics.save_pretrained(partial / INVERSE_DYNAMICS_FOLDER)
-    _copy_records(Path(video_model), partial)
-    _copy_records(Path(inverse_dynamics), partial / INVERSE_DYNAMICS_FOLDER)
-    write_card(partial, policy.video_model.config, is_policy=True)
-    write_card(partial / INVERSE_DYNAMICS_FOLDER, policy.inverse_dynamics.config)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
+    with new_folder(output, INVERSE_DYNAMICS_FOLDER, "UniPi policy") as partial:
+        policy = UniPiPolicy(
+            VideoDiffusionModel.from_pretrained(video_model),
+            InverseDynamicsModel.from_pretrained(inverse_dynamics),
+            LapaTokenizer.from_pretrained(video_model),
+        )
+        policy.video_model.save_pretrained(partial)
+        policy.tokenizer.save_pretrained(partial)
+        policy.inverse_dynamics.save_pretrained(partial / INVERSE_DYNAMICS_FOLDER)
+        _copy_records(Path(video_model), partial)
+        _copy_records(Path(inverse_dynamics), partial / INVERSE_DYNAMICS_FOLDER)
+        write_card(partial, policy.video_model.config, is_policy=True)
+        write_card(partial / INVERSE_DYNAMICS_FOLDER, policy.inverse_dynamics.config)
 
 
 def _copy_records(source: Path, target: Path) -> None:

@@ -1,0 +1,32 @@
+"""Folders of policies that are made of two models."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(output: Path, inner: str, name: str) -> Iterator[Path]:
+    """
+    A folder to write into that takes the place of `output` when all is written; the body makes it.
+
+    Args:
+        output: Where the policy is to be; one that was written like this before is replaced.
+        inner: Folder of the second model inside, by which that is known.
+        name: What the policy is called in messages.
+
+    Raises:
+        ValueError: `output` holds something else.
+    """
+    if output.exists() and not (output / inner / "config.json").is_file():
+        raise ValueError(f"`output` ({output}) exists and holds no {name}: name a new folder.")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(partial, output)
+
+
+__all__ = ["new_folder"]
