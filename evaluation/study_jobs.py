@@ -404,6 +404,7 @@ def latent_decoder(work: Work) -> dict[str, Any]:
         num_latent_tokens=settings.num_latent_tokens,
         action_dim=work.world.action_dim,
         quantizer_hash=hash_weights(work.inputs["quantizer"] / "model"),
+        quantizer_name=work.inputs["quantizer"].name,
     )
     # All labelled episodes are trained on, as by the other methods.
     training = LatentDecoderSettings(

@@ -21,6 +21,7 @@ class LatentActionDecoderConfig(PreTrainedConfig):
             None.
         action_std (`list[float]`, *optional*): (action_dim,) standard deviations, physical units; ones when None.
         quantizer_hash (`str`, *optional*): SHA-256 of the weights of the quantizer whose codes these are.
+        quantizer_name (`str`, *optional*): Its name.
     """
 
     model_type = "lapa_latent_action_decoder"
@@ -33,6 +34,7 @@ class LatentActionDecoderConfig(PreTrainedConfig):
     action_mean: list[float] | tuple[float, ...] | None = None
     action_std: list[float] | tuple[float, ...] | None = None
     quantizer_hash: str | None = None
+    quantizer_name: str | None = None
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: sizes that cannot work together."""
