@@ -167,7 +167,9 @@ class Plan:
             self._pretraining(jobs, method, where, settings, seed)
             inputs["pretrained"] = jobs["pretrain"]
         if method.decode_codes:
-            inputs["quantizer"] = jobs["quantizer"]
+            inputs = {role: jobs[role] for role in ("labelled", "held_out", "quantizer")} | {
+                "pretrained": jobs["pretrain"]
+            }
             return {"policy": self._add("latent_decoder", where, settings, inputs, seed=seed)}
         if method.keep_latent_head:
             inputs["quantizer"] = jobs["quantizer"]

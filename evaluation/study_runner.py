@@ -55,7 +55,8 @@ def _start_worker() -> None:
 
 def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], device: str) -> None:
     """In a worker: one job, from what an interrupted run left of it."""
-    from lapa.evaluation.study_jobs import JOBS, Work
+    from lapa.evaluation.study_jobs import JOBS
+    from lapa.evaluation.study_work import Work
 
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

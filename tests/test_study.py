@@ -11,12 +11,13 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
 from lapa.configuration.configuration_lapa import LapaConfig
-from lapa.evaluation import study_jobs, study_worlds
+from lapa.evaluation import study_jobs, study_playing, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
 from lapa.evaluation.study_report import markdown, table_rows, write_study_report
 from lapa.evaluation.study_runner import DONE, Runner, locked
 from lapa.evaluation.study_table import Results, study_report, trends
+from lapa.evaluation.study_work import Work
 from lapa.training.label_latent_actions import hash_weights
 
 TINY = {
@@ -302,9 +303,7 @@ def test_labels_are_as_many_whether_of_one_family_or_of_all(tmp_path, monkeypatc
         study_worlds.stages, "record", lambda settings, episodes, *a, **k: asked.append(episodes) or recording
     )
     for wanted in (["reach", "separate", "relative_move"], ["separate"]):
-        study_jobs.labelled(
-            study_jobs.Work.of(tmp_path, {"labelled_episodes_per_family": 15, "seed": 1, "labelled": wanted}, {})
-        )
+        study_jobs.labelled(Work.of(tmp_path, {"labelled_episodes_per_family": 15, "seed": 1, "labelled": wanted}, {}))
     assert asked == [{"reach": 15, "separate": 15, "relative_move": 15}, {"separate": 45}]
 
 
@@ -319,13 +318,13 @@ def test_the_finetuning_that_solves_most_is_chosen_and_the_first_of_equals(tmp_p
             return {"groups": {"seen": {"successes": solved[self.policy]}}}
 
     def play(world, policy, suite, folder, num_shown):
-        assert suite.first_seed == study_jobs.VALIDATION_SEEDS != study_jobs.EVALUATION_SEEDS
+        assert suite.first_seed == study_playing.VALIDATION_SEEDS != study_playing.EVALUATION_SEEDS
         return Played(policy)
 
-    monkeypatch.setattr(study_jobs, "_open", lambda work, role, temperature: (role, temperature))
-    monkeypatch.setattr(study_jobs, "_play", play)
+    monkeypatch.setattr(study_playing, "_open", lambda work, role, temperature: (role, temperature))
+    monkeypatch.setattr(study_playing, "_play", play)
     inputs = {"policy-a": tmp_path, "policy-b": tmp_path}
-    chosen = study_jobs.choose(study_jobs.Work.of(tmp_path, {}, inputs))
+    chosen = study_playing.choose(Work.of(tmp_path, {}, inputs))
     assert (chosen["policy"], chosen["temperature"]) == ("policy-a", 1.0)
     assert chosen["successes"]["policy-b-temperature-0.5"] == 5
 
