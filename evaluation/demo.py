@@ -134,12 +134,15 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
     import numpy as np
 
     from lapa.evaluation import demo_stages as stages
+    from lapa.evaluation.baselines.latent_decoder_policy import write_latent_decoder_policy
+    from lapa.evaluation.decode_stage import train_decoder
     from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
     from lapa.evaluation.rollout import ExpertController, StillController
     from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
     from lapa.processing.image_processing_lapa import LapaImageProcessor
     from lapa.processing.processing_lapa import LapaProcessor
     from lapa.training.label_latent_actions import label_latent_actions
+    from lapa.training.lineage import model_name
 
     paths = {name: output / name for name in ("quantizer", "pretrained", "lapa", "scratch")}
     video_file, labelled_file, codes_file = output / "video.npz", output / "labelled.npz", output / "codes.npy"
@@ -199,6 +202,26 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
                 stages.play_policy(settings, playing, seed, paths[name], recorded), output, name
             ),
         )
+    paths["decoder"], paths["lapa_decoder"] = output / "decoder", output / "lapa_decoder"
+
+    def decode() -> list[dict[str, float]]:
+        log = train_decoder(
+            labelled,
+            paths["quantizer"],
+            settings.frame_gap,
+            settings.latent_decoder_steps,
+            seed,
+            paths["decoder"],
+            model_name(paths["quantizer"]),
+        )
+        write_latent_decoder_policy(paths["pretrained"], paths["decoder"], paths["lapa_decoder"])
+        return log
+
+    results["decoding"] = progress.stage("train the action decoder", decode)
+    results["rollouts"]["lapa_decoder"] = progress.stage(
+        "play lapa_decoder",
+        lambda: keep(stages.play_decoder(settings, seed, paths["lapa_decoder"], recorded), output, "lapa_decoder"),
+    )
     for name, controller in (("expert", ExpertController()), ("do_nothing", StillController())):
         results["rollouts"][name] = progress.stage(
             f"play {name}",
@@ -222,12 +245,12 @@ def keep(rollouts: Sequence[Any], output: Path, name: str) -> list[dict[str, Any
 def print_summary(report: dict[str, Any], output: Path) -> None:
     """The table on the terminal."""
     families = list(next(iter(report["methods"].values()))["families"])
-    print("\n" + f"{'':12}" + "".join(f"{family:>22}" for family in [*families, "all"]))
+    print("\n" + f"{'':14}" + "".join(f"{family:>22}" for family in [*families, "all"]))
     for name, table in report["methods"].items():
         cells = [*table["families"].values(), table["pooled"]]
         row = [
             f"{100 * cell['success']:5.1f} [{100 * cell['ci95'][0]:4.1f},{100 * cell['ci95'][1]:5.1f}]"
             for cell in cells
         ]
-        print(f"{name:12}" + "".join(f"{text:>22}" for text in row))
+        print(f"{name:14}" + "".join(f"{text:>22}" for text in row))
     print(f"\nsuccess in %, Wilson 95% intervals; {report['minutes']:.1f} minutes\n{output / 'report.html'}")

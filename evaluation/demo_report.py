@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 LABELS = {
     "lapa": "LAPA",
+    "lapa_decoder": "LAPA, codes decoded (not finetuned)",
     "scratch": "Scratch (same trunk, data and steps, no video)",
     "expert": "scripted expert (sees the state)",
     "do_nothing": "do nothing",
 }
-COLOURS = {"lapa": "#3366aa", "scratch": "#cc8844", "expert": "#99bb99", "do_nothing": "#bbbbbb"}
+COLOURS = {
+    "lapa": "#3366aa",
+    "lapa_decoder": "#88bbee",
+    "scratch": "#cc8844",
+    "expert": "#99bb99",
+    "do_nothing": "#bbbbbb",
+}
 NUM_RECONSTRUCTIONS, NUM_EFFECT_FRAMES, NUM_PROBE_PAIRS, PICTURE_SCALE = 8, 5, 4000, 3
 
 
@@ -95,14 +102,21 @@ class QuantizerPictures:
 
 def verdict(methods: dict[str, Any]) -> str:
     """What the table says, whichever way it came out."""
-    lapa, scratch = methods["lapa"]["pooled"], methods["scratch"]["pooled"]
-    relation = "above" if lapa["success"] > scratch["success"] else "not above"
-    overlap = "overlap" if intervals_overlap(lapa, scratch) else "do not overlap"
+    scratch = methods["scratch"]["pooled"]
     return (
-        f"LAPA solved {lapa['successes']} of {lapa['rollouts']} episodes ({100 * lapa['success']:.1f}%), Scratch "
-        f"{scratch['successes']} of {scratch['rollouts']} ({100 * scratch['success']:.1f}%): LAPA is {relation} Scratch, "
-        f"and the 95% intervals {overlap}."
+        f"Scratch solved {_solved(scratch)} episodes, LAPA {_beside(methods['lapa']['pooled'], scratch)}. LAPA with its codes "
+        f"decoded, in place of a finetuned head, solved {_beside(methods['lapa_decoder']['pooled'], scratch)}."
     )
+
+
+def _solved(cell: dict[str, Any]) -> str:
+    return f"{cell['successes']} of {cell['rollouts']} ({100 * cell['success']:.1f}%)"
+
+
+def _beside(cell: dict[str, Any], scratch: dict[str, Any]) -> str:
+    relation = "above" if cell["success"] > scratch["success"] else "not above"
+    overlap = "overlap" if intervals_overlap(cell, scratch) else "do not overlap"
+    return f"{_solved(cell)}: {relation} Scratch, and the 95% intervals {overlap}"
 
 
 def comparison_rows(results: dict[str, Any], settings: DemoSettings, output: Path) -> list[dict[str, Any]]:
@@ -116,7 +130,7 @@ def comparison_rows(results: dict[str, Any], settings: DemoSettings, output: Pat
                 "gif": page.gif(list(frames[name][str(index)]), PICTURE_SCALE),
                 "success": results["rollouts"][name][index]["success"],
             }
-            for name in ("lapa", "scratch", "expert")
+            for name in ("lapa", "lapa_decoder", "scratch", "expert")
         ]
         first = results["rollouts"]["lapa"][index]
         rows.append({"cells": cells, "instruction": first["instruction"], "family": first["family"]})
@@ -130,7 +144,8 @@ def write_tabletop_report(
     from lapa.evaluation.demo import versions
 
     methods = {}
-    for name, rollouts in results["rollouts"].items():
+    for name in LABELS:
+        rollouts = results["rollouts"][name]
         outcomes: dict[str, list[bool]] = {family: [] for family in settings.families}
         for rollout in rollouts:
             outcomes[rollout["family"]].append(rollout["success"])
@@ -176,13 +191,14 @@ def write_tabletop_report(
         quantizer_curve=page.curves({"quantizer": results["quantizer"]}, "loss", "loss"),
         pretraining_curve=page.curves({"pretraining": results["pretraining"]}, "latent_loss", "cross entropy"),
         finetuning_curve=page.curves(finetuning, "action_loss", "cross entropy"),
+        decoding_curve=page.curves({"decoder": results["decoding"]}, "loss", "squared error"),
         uniform_loss=float(np.log(settings.codebook_size)),
         settings=settings.to_dict(),
         command=f"lapa demo --seed {seed}" + (" --cross-embodiment" if embodiment != "arm" else ""),
     )
     write_atomically(output / "report.html", html.encode())
     write_atomically(output / "report.json", json.dumps(report, indent=1).encode())
-    for name in ("lapa", "scratch"):
+    for name in ("lapa", "lapa_decoder", "scratch"):
         write_atomically(
             output / name / "lapa_results.json", json.dumps(card_results(methods[name]), indent=1).encode()
         )

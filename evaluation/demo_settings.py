@@ -58,8 +58,11 @@ class DemoSettings:
     finetuning_steps: int = 300
     finetuning_batch_size: int = 64
     num_bins: int = 12
+    latent_decoder_steps: int = 500
     lapa: PlayingSettings = PlayingSettings(learning_rate=1e-3, temperature=1.0)
     scratch: PlayingSettings = PlayingSettings(learning_rate=5e-4, temperature=0.5)
+    # Of the codes that are decoded; nothing was searched for it.
+    decoder_temperature: float = 1.0
 
     rollouts_per_family: int = 100
 
@@ -76,5 +79,6 @@ class DemoSettings:
             quantizer_steps=4,
             pretraining_steps=4,
             finetuning_steps=4,
+            latent_decoder_steps=4,
             rollouts_per_family=2,
         )

@@ -433,10 +433,22 @@ def play_policy(
     settings: DemoSettings, playing: PlayingSettings, seed: int, folder: Path, record: list[int]
 ) -> list[Rollout]:
     """Closed loop of a finetuned folder."""
-    options = {"do_sample": True, "temperature": playing.temperature, "top_k": 0} if playing.temperature else {}
     torch.manual_seed(seed)
-    policy = LapaPolicy.from_pretrained(str(folder), UNNORM_KEY, **options)
+    policy = LapaPolicy.from_pretrained(str(folder), UNNORM_KEY, **_sampling(playing.temperature))
     return play(settings, PolicyController(policy), folder.name, record)
+
+
+def play_decoder(settings: DemoSettings, seed: int, folder: Path, record: list[int]) -> list[Rollout]:
+    """Closed loop of a latent-pretrained folder with an action decoder."""
+    from lapa.evaluation.baselines.latent_decoder_policy import LatentDecoderPolicy
+
+    torch.manual_seed(seed)
+    policy = LatentDecoderPolicy.from_pretrained(folder, **_sampling(settings.decoder_temperature))
+    return play(settings, PolicyController(policy), folder.name, record)
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
 
 
 def evaluation_episodes(settings: DemoSettings) -> list[tuple[str, int]]:

@@ -43,7 +43,6 @@ class StudySettings(DemoSettings):
         finetuning_candidates: Steps and learning rate of the finetunings that are tried, the same for all methods. Which
             one is played, and at which temperature, is chosen on the validation episodes.
         inverse_dynamics_steps, video_model_steps: Optimizer steps of VPT's and UniPi's models.
-        latent_decoder_steps: Optimizer steps of what decodes LAPA's codes.
         inverse_dynamics_sizes: Channels of the stages of the former.
         video_model_finetuning_steps: Steps that UniPi's video model goes on with on the labelled episodes.
         video_model_batch_size, video_model_learning_rate, video_model_options: Of its training; the last are fields of its
@@ -61,7 +60,6 @@ class StudySettings(DemoSettings):
     finetuning_candidates: tuple[tuple[int, float], ...] = ((60, 3e-4), (60, 2e-3), (300, 1e-3))
     inverse_dynamics_steps: int = 800
     inverse_dynamics_sizes: tuple[int, ...] = (32, 64)
-    latent_decoder_steps: int = 500
     video_model_steps: int = 1700
     video_model_finetuning_steps: int = 150
     video_model_batch_size: int = 32

@@ -3,10 +3,8 @@
 from typing import Any
 
 import numpy as np
-import torch
 
-from lapa.evaluation.study_work import Work, quantizer_codes
-from lapa.training.label_latent_actions import hash_weights
+from lapa.evaluation.study_work import Work
 
 
 def inverse_dynamics(work: Work) -> dict[str, Any]:
@@ -70,39 +68,24 @@ def pseudo_actions(work: Work) -> dict[str, Any]:
 
 def latent_decoder(work: Work) -> dict[str, Any]:
     """What takes stage 3's place where codes are decoded: the labelled steps train a decoder, the policy stays as it is."""
-    from lapa.evaluation.baselines.action_regression import r_squared
-    from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
-    from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
     from lapa.evaluation.baselines.latent_decoder_policy import write_latent_decoder_policy
-    from lapa.evaluation.baselines.latent_decoder_training import LatentDecoderSettings, train_latent_decoder
-    from lapa.evaluation.baselines.training import Schedule
+    from lapa.evaluation.decode_stage import decoder_r2, train_decoder
 
-    settings, folder = work.settings, work.folder / "decoder"
-    labels, actions, episodes = {}, {}, {}
-    for role in ("labelled", "held_out"):
-        recording = work.recording(role)
-        labels[role] = quantizer_codes(work, recording)
-        episodes[role], first = recording.steps(settings.frame_gap)
-        actions[role] = recording.actions[first]
-    config = LatentActionDecoderConfig(
-        codebook_size=settings.codebook_size,
-        num_latent_tokens=settings.num_latent_tokens,
-        action_dim=work.world.action_dim,
-        quantizer_hash=hash_weights(work.inputs["quantizer"] / "model"),
-        quantizer_name=work.inputs["quantizer"].name,
+    settings, folder, quantizer = work.settings, work.folder / "decoder", work.inputs["quantizer"] / "model"
+    gap = settings.frame_gap
+    log = train_decoder(
+        work.recording("labelled"),
+        quantizer,
+        gap,
+        settings.latent_decoder_steps,
+        work.seed,
+        folder,
+        work.inputs["quantizer"].name,
     )
-    # All labelled episodes are trained on, as by the other methods.
-    training = LatentDecoderSettings(
-        Schedule(settings.latent_decoder_steps, 64, 3e-3, weight_decay=0.01), held_out_share=0.0, keep_best=False
-    )
-    log = train_latent_decoder(
-        labels["labelled"], actions["labelled"], config, training, work.seed, folder, episodes["labelled"]
-    )
-    predicted = LatentActionDecoder.from_pretrained(folder).predict_actions(torch.from_numpy(labels["held_out"]))
     write_latent_decoder_policy(work.inputs["pretrained"] / "model", folder, work.folder / "model")
     return {
         "final_loss": log[-1]["loss"],
-        "decoder_r2": float(np.mean(r_squared(predicted.numpy(), actions["held_out"]))),
+        "decoder_r2": decoder_r2(folder, work.recording("held_out"), quantizer, gap),
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from shared_files import shared_path
+from transformers import AutoConfig
 
 from lapa.cli import main
 from lapa.configuration.configuration_lapa import LapaConfig
@@ -30,7 +31,7 @@ def finished(tmp_path_factory):
 def test_report_has_the_promised_shape(finished):
     report = json.loads((finished / "report.json").read_text())
     settings = DemoSettings().quick()
-    assert set(report["methods"]) == {"lapa", "scratch", "expert", "do_nothing"}
+    assert set(report["methods"]) == {"lapa", "lapa_decoder", "scratch", "expert", "do_nothing"}
     for table in report["methods"].values():
         assert set(table["families"]) == set(settings.families)
         for cell in [table["pooled"], *table["families"].values()]:
@@ -42,7 +43,7 @@ def test_report_has_the_promised_shape(finished):
     assert {"seed", "minutes", "versions"} <= set(report)
     html = (finished / "report.html").read_text()
     assert "data:image/gif" in html
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
 
 
 def test_its_models_record_where_their_codes_come_from(finished, tmp_path):
@@ -53,6 +54,9 @@ def test_its_models_record_where_their_codes_come_from(finished, tmp_path):
     assert (pretrained.quantizer_hash, pretrained.quantizer_name) == (quantizer, "quantizer")
     assert (finetuned.quantizer_hash, finetuned.latent_policy_hash) == (quantizer, hash_model(finished / "pretrained"))
     assert (scratch.quantizer_hash, scratch.latent_policy_hash) == (None, None)
+    decoder = AutoConfig.from_pretrained(finished / "lapa_decoder", subfolder="action_decoder")
+    assert (decoder.quantizer_hash, decoder.quantizer_name) == (quantizer, "quantizer")
+    assert hash_weights(finished / "lapa_decoder") == hash_weights(finished / "pretrained")
     settings = read_training_settings(str(finished / "quantizer"))
     assert (settings["frame_gap"], settings["frequency"]) == (4, 10.0)
     picture = tmp_path / "start.png"
@@ -126,7 +130,7 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a finished stage ran again")
 
-    for name in ("record", "train_quantizer", "pretrain", "finetune", "play"):
+    for name in ("record", "train_quantizer", "pretrain", "finetune", "play", "play_decoder"):
         monkeypatch.setattr(demo_stages, name, fail)
     before = (finished / "report.json").read_text()
     assert main(["demo", "--quick", "--output", str(finished)]) == 0
@@ -204,15 +208,19 @@ def test_code_motion_knows_telling_codes_from_silent_ones():
 
 
 def test_the_verdict_says_what_the_table_says():
-    def methods(lapa, scratch):
+    def methods(lapa, scratch, decoder=200):
         cells = {
+            "lapa_decoder": [True] * decoder + [False] * (300 - decoder),
             "lapa": [True] * lapa + [False] * (300 - lapa),
             "scratch": [True] * scratch + [False] * (300 - scratch),
         }
         return {name: {"pooled": success_cell(outcomes)} for name, outcomes in cells.items()}
 
-    assert "above Scratch, and the 95% intervals do not overlap" in verdict(methods(150, 50))
-    assert "not above Scratch, and the 95% intervals overlap" in verdict(methods(50, 55))
+    assert "LAPA 150 of 300 (50.0%): above Scratch, and the 95% intervals do not overlap" in verdict(methods(150, 50))
+    assert "LAPA 50 of 300 (16.7%): not above Scratch, and the 95% intervals overlap" in verdict(methods(50, 55))
+    assert "solved 200 of 300 (66.7%): above Scratch, and the 95% intervals do not overlap." in verdict(
+        methods(50, 55)
+    )
 
 
 def test_progress_survives_a_crash_between_stages(tmp_path):
@@ -227,7 +235,7 @@ def test_progress_survives_a_crash_between_stages(tmp_path):
 def test_a_collapsed_quantizer_is_started_again_from_another_seed(tmp_path, monkeypatch):
     seeds = []
 
-    def train(settings, seed, video, output):
+    def train(settings, seed, video, output, frequency, device):
         seeds.append(seed)
         output.mkdir(parents=True, exist_ok=True)
         if seed == 5:
@@ -244,6 +252,8 @@ def test_a_collapsed_quantizer_is_started_again_from_another_seed(tmp_path, monk
     output.rename(tmp_path / "elsewhere")
     demo_stages.train_quantizer(DemoSettings(), 5, None, output)
     assert seeds == [5, 1005, 1005]
-    monkeypatch.setattr(demo_stages, "_train_quantizer", lambda *args: train(args[0], 5, *args[2:]))
+    monkeypatch.setattr(
+        demo_stages, "_train_quantizer", lambda *args, **options: train(args[0], 5, *args[2:], **options)
+    )
     with pytest.raises(demo_stages.CodebookCollapse, match="all 3 attempts"):
         demo_stages.train_quantizer(DemoSettings(), 5, None, tmp_path / "never" / "quantizer")
