@@ -4,7 +4,7 @@
     lapa evaluate --suite tabletop-demo --policy outputs/demo/lapa --do-sample --output outputs/lapa
     lapa evaluate --suite tabletop --policy http://localhost:8000 --output outputs/remote   # OpenVLA's /act protocol
     lapa evaluate --compare outputs/lapa outputs/scratch --output outputs/comparison
-    lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays five methods
+    lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays six methods
 
 Writes `report.json`, `report.md`, `report.html` and GIFs of the first episodes of every cell. Interrupted or killed, it goes on
 where it stopped when it is started again, with the same result; interrupted by Ctrl-C or SIGTERM, it prints the table so far.
