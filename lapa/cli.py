@@ -41,6 +41,9 @@ COMMANDS = {
     ),
     "pretrain": Command("lapa.training.scripts", "pretrain", "stage 2: learn to predict latent actions"),
     "finetune": Command("lapa.training.scripts", "finetune", "stage 3: learn robot actions (fully or with LoRA)"),
+    "train-decoder": Command(
+        "lapa.evaluation.decoder_cli", "main", "few labels: decode a latent-pretrained model's codes to actions", True
+    ),
     "evaluate": Command(
         "lapa.evaluation.evaluate_cli", "main", "closed-loop success of a policy, with intervals", True
     ),

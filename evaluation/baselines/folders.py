@@ -7,6 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def refuse_foreign(output: Path, inner: str, name: str) -> None:
+    """
+    Says before the work that a folder will not be overwritten.
+
+    Raises:
+        ValueError: `output` exists and was not written by `new_folder` with this `inner`.
+    """
+    if output.exists() and not (output / inner / "config.json").is_file():
+        raise ValueError(f"`output` ({output}) exists and holds no {name}: name a new folder.")
+
+
 @contextmanager
 def new_folder(output: Path, inner: str, name: str) -> Iterator[Path]:
     """
@@ -20,8 +31,7 @@ def new_folder(output: Path, inner: str, name: str) -> Iterator[Path]:
     Raises:
         ValueError: `output` holds something else.
     """
-    if output.exists() and not (output / inner / "config.json").is_file():
-        raise ValueError(f"`output` ({output}) exists and holds no {name}: name a new folder.")
+    refuse_foreign(output, inner, name)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -29,4 +39,4 @@ def new_folder(output: Path, inner: str, name: str) -> Iterator[Path]:
     os.replace(partial, output)
 
 
-__all__ = ["new_folder"]
+__all__ = ["new_folder", "refuse_foreign"]

@@ -15,6 +15,8 @@ from lapa.modeling_lapa.modeling_lapa import LapaForLatentAction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.serving.row_sampling import RowSamplingLogitsProcessor
 
+POLICY = "policy with an action decoder"
+
 
 class LatentDecoderPolicy:
     """
@@ -115,7 +117,7 @@ def write_latent_decoder_policy(model: str | Path, decoder: str | Path, output: 
     Raises:
         ValueError: `output` holds something else, and models that do not fit together.
     """
-    with new_folder(output, DECODER_FOLDER, "policy with an action decoder") as partial:
+    with new_folder(output, DECODER_FOLDER, POLICY) as partial:
         LatentDecoderPolicy(
             LapaForLatentAction.from_pretrained(model),
             LatentActionDecoder.from_pretrained(decoder),
@@ -126,4 +128,4 @@ def write_latent_decoder_policy(model: str | Path, decoder: str | Path, output: 
         shutil.copytree(decoder, partial / DECODER_FOLDER, ignore=left_out)
 
 
-__all__ = ["LatentDecoderPolicy", "write_latent_decoder_policy"]
+__all__ = ["POLICY", "LatentDecoderPolicy", "write_latent_decoder_policy"]
