@@ -12,6 +12,7 @@ from lapa.evaluation.study_table import study_report
 
 # What every table states beside the methods: what needs no learning.
 BASELINES = {"do_nothing": "do nothing", "random": "random actions", "expert": "scripted expert"}
+YES_OR_NO = {True: "yes", False: "no", None: "one training"}
 COLOURS = {"scratch": "#cc8844", "unipi": "#9966aa", "vpt": "#55a868", "lapa": "#3366aa", "actionvla": "#777777"}
 
 
@@ -77,14 +78,15 @@ def _published_lines(report: Mapping[str, Any], heads: list[str]) -> list[str]:
 def _claim_lines(report: Mapping[str, Any]) -> list[str]:
     if not report["claims"]:
         return []
+    paired = "starts" if len(report["seeds"]) == 1 else "seeds"
     lines = [
         "",
-        "| claim | where | difference, points (paired over seeds) | over seeds | over rollouts |",
+        f"| claim | where | difference, points (paired over {paired}) | over seeds | over rollouts |",
         "|---|---|---|---|---|",
     ]
     for claim in report["claims"]:
         where = ", ".join(part for part in (claim["column"], claim["point"], claim["split"]) if part)
-        seeds, rollouts = ("yes" if claim[key] else "no" for key in ("holds_over_seeds", "rollout_intervals_apart"))
+        seeds, rollouts = (YES_OR_NO[claim[key]] for key in ("holds_over_seeds", "rollout_intervals_apart"))
         lines.append(f"| {report['methods'][claim['first']]} > {report['methods'][claim['second']]} | {where} | "
                      f"{percent(claim['difference'], 'value')} | {seeds} | {rollouts} |")  # fmt: skip
     lines += ["", "Over seeds: the interval of the paired difference is above 0. Over rollouts: Wilson's intervals of all rollouts "
@@ -213,7 +215,7 @@ def write_study_report(plan: Plan, stages: Path, output: Path) -> dict[str, Any]
     names = diagnosis_names(report)
     html = page.render(
         "study_report.html", report=report, rows=table_rows(report), plots=plots, diagnosis=names, percent=percent,
-        shown=shown_rollouts(plan, stages), baselines=BASELINES,
+        shown=shown_rollouts(plan, stages), baselines=BASELINES, yes_or_no=YES_OR_NO,
     )  # fmt: skip
     write_atomically(output / "report.html", html.encode())
     return report

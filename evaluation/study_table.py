@@ -130,7 +130,8 @@ class Results:
                 "point": ours[2],
                 "split": split,
                 "difference": difference.to_dict(),
-                "holds_over_seeds": difference.low > 0,
+                # One training says nothing about another.
+                "holds_over_seeds": difference.low > 0 if len(shared) > 1 else None,
                 "rollout_intervals_apart": pooled[0]["success"] > pooled[1]["success"]
                 and not intervals_overlap(*pooled),
             }

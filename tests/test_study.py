@@ -232,6 +232,20 @@ def test_the_report_has_the_numbers_of_the_rollouts(tmp_path):
     assert "LAPA > Scratch" in text
 
 
+def test_one_training_claims_nothing_about_others(tmp_path):
+    plan, stages = Plan(load_study(write(tmp_path, claims=[["lapa", "scratch"]]))), tmp_path / "stages"
+    for entry in plan.entries:
+        fake_play(
+            stages, entry.jobs["play"], {f"seen/{task}": [entry.method == "lapa"] * 20 for task in TINY["families"]}
+        )
+    (claim,) = study_report(plan, stages)["claims"]
+    assert claim["difference"]["value"] == 1.0 and claim["rollout_intervals_apart"]
+    assert claim["holds_over_seeds"] is None
+    report = write_study_report(plan, stages, tmp_path / "out")
+    assert "(paired over starts) | over seeds |" in markdown(report) and "| one training | yes |" in markdown(report)
+    assert "one training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_what_is_not_played_yet_is_named(tmp_path):
     study = load_study(write(tmp_path))
     plan, stages = Plan(study), tmp_path / "stages"
