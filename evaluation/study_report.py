@@ -13,7 +13,18 @@ from lapa.evaluation.study_table import study_report
 # What every table states beside the methods: what needs no learning.
 BASELINES = {"do_nothing": "do nothing", "random": "random actions", "expert": "scripted expert"}
 YES_OR_NO = {True: "yes", False: "no", None: "one training"}
-COLOURS = {"scratch": "#cc8844", "unipi": "#9966aa", "vpt": "#55a868", "lapa": "#3366aa", "actionvla": "#777777"}
+COLOURS = {
+    "scratch": "#cc8844",
+    "unipi": "#9966aa",
+    "vpt": "#55a868",
+    "lapa": "#3366aa",
+    "lapa-decoder": "#88bbee",
+    "lapa-cross-attention": "#c44e52",
+    "lapa-vq": "#ccb974",
+    "lapa-no-stop-gradient": "#64b5cd",
+    "lapa-keep-latent-head": "#8c613c",
+    "actionvla": "#777777",
+}
 
 
 def table_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -151,7 +162,7 @@ def trend_plots(report: Mapping[str, Any]) -> list[Any]:
             ]
             style = "-" if trend["split"] == "seen" else "--"
             axes.errorbar(values, heights, yerr=errors, fmt=f"o{style}", ms=3, lw=1.2, capsize=2,
-                          color=COLOURS.get(trend["method"]), label=f"{trend['method']}, {trend['split']}")  # fmt: skip
+                          color=COLOURS[trend["method"]], label=f"{trend['method']}, {trend['split']}")  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xlabel(series)
@@ -178,7 +189,7 @@ def table_plot(report: Mapping[str, Any]) -> Any:
             estimate = entry["cell"]["over_seeds"]
             value, (low, high) = 100 * estimate["value"], (100 * end for end in estimate["ci95"])
             axes.bar(place + (index - (len(rows) - 1) / 2) * width, value, width * 0.9,
-                     yerr=[[max(0, value - low)], [max(0, high - value)]], color=COLOURS.get(row["method"]),
+                     yerr=[[max(0, value - low)], [max(0, high - value)]], color=COLOURS[row["method"]],
                      label=row["label"] if place == 0 else None, error_kw={"lw": 1})  # fmt: skip
     axes.set_xticks(range(len(heads)), heads)
     axes.set_ylabel("success, %")

@@ -14,7 +14,7 @@ from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.evaluation import study_jobs, study_playing, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
-from lapa.evaluation.study_report import markdown, table_rows, write_study_report
+from lapa.evaluation.study_report import COLOURS, markdown, table_rows, write_study_report
 from lapa.evaluation.study_runner import DONE, Runner, locked
 from lapa.evaluation.study_table import Results, study_report, trends
 from lapa.evaluation.study_work import Work
@@ -374,6 +374,8 @@ def test_every_method_is_trained_played_and_reported(tmp_path):
     assert page.count("data:image/gif") >= 4 * len(METHODS)
 
 
-def test_every_method_has_a_label():
+def test_every_method_has_a_label_and_a_colour_of_its_own():
+    assert set(COLOURS) == set(METHODS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
     assert {"scratch", "vpt", "actionvla", "unipi", "lapa"} <= set(METHODS)
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
