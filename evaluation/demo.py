@@ -138,10 +138,8 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
     from lapa.evaluation.decode_stage import train_decoder
     from lapa.evaluation.demo_tokenizer import build_tokenizer, simulator_phrases
     from lapa.evaluation.rollout import ExpertController, StillController
-    from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
     from lapa.processing.image_processing_lapa import LapaImageProcessor
     from lapa.processing.processing_lapa import LapaProcessor
-    from lapa.training.label_latent_actions import label_latent_actions
     from lapa.training.lineage import model_name
 
     paths = {name: output / name for name in ("quantizer", "pretrained", "lapa", "scratch")}
@@ -164,9 +162,7 @@ def run_stages(settings: Any, seed: int, embodiment: str, output: Path, progress
     )
 
     def label() -> dict[str, int]:
-        quantizer = LapaQuantizer.from_pretrained(paths["quantizer"])
-        dataset = stages.FramePairDataset(video.episodes(), settings.frame_gap)
-        codes = label_latent_actions(quantizer, dataset, batch_size=256)
+        codes = stages.recording_codes(video, paths["quantizer"], settings.frame_gap)
         with atomic_file(codes_file) as partial, partial.open("wb") as file:
             np.save(file, codes)
         return {"pairs": len(codes)}

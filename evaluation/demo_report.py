@@ -36,7 +36,7 @@ NUM_RECONSTRUCTIONS, NUM_EFFECT_FRAMES, NUM_PROBE_PAIRS, PICTURE_SCALE = 8, 5, 4
 
 
 def code_motion(codes: np.ndarray, motion: np.ndarray, codebook_size: int) -> float:
-    """Share of the variance of the true motion (num_pairs, 2) that the codes (num_pairs, num_latent_tokens) explain.
+    """Share of the variance of the true motion (num_pairs, 2 or 3) that the codes (num_pairs, num_latent_tokens) explain.
 
     A linear probe on one-hot codes, fitted on one half of the pairs and scored on the other.
     """

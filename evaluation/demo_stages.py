@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
@@ -44,10 +43,11 @@ from lapa.training.arguments import (
     LapaLatentPretrainingArguments,
     LapaQuantizerTrainingArguments,
 )
-from lapa.training.label_latent_actions import hash_weights
+from lapa.training.label_latent_actions import hash_weights, label_latent_actions
 from lapa.training.latent_pretraining_trainer import LapaLatentPretrainingTrainer
 from lapa.training.lineage import model_name, record_latent_policy, record_quantizer
 from lapa.training.quantizer_trainer import CodebookCollapse, LapaQuantizerTrainer
+from lapa.training.safe_checkpoints import last_checkpoint
 from lapa.training.trained_settings import SETTINGS_FILE
 
 if TYPE_CHECKING:
@@ -99,8 +99,9 @@ class Recording(FrameTable):
     Args:
         frames, lengths: As in [`FrameTable`].
         instructions: (num_episodes,) sentences.
-        effector: (num_frames, 2) metres; for the report only, no training sees it.
-        actions: (num_frames, 2) float32 of each frame's step, zero at an episode's last frame; empty without actions.
+        effector: (num_frames, 2), in MetaWorld (num_frames, 3), metres; for the report only, no training sees it.
+        actions: (num_frames, action_dim) float32 of each frame's step, zero at an episode's last frame; empty without
+            actions.
     """
 
     instructions: np.ndarray
@@ -174,6 +175,12 @@ def record_labelled(settings: DemoSettings, seed: int) -> Recording:
     return record(settings, episodes, LABELLED_SEEDS + seed * SEED_STRIDE, "arm", with_actions=True)
 
 
+def recording_codes(recording: Recording, quantizer: Path, frame_gap: int, device: str = "cpu") -> np.ndarray:
+    """A quantizer's labels (num_pairs, num_latent_tokens) int64 of all pairs of a recording, in the order of `steps`."""
+    model = LapaQuantizer.from_pretrained(quantizer).to(device)
+    return label_latent_actions(model, FramePairDataset(recording.episodes(), frame_gap), batch_size=256)
+
+
 def quantizer_config(settings: DemoSettings) -> LapaQuantizerConfig:
     """A tiny quantizer: one spatial and one temporal layer, decoding the change of the first frame."""
     fields = {
@@ -228,8 +235,7 @@ def run_training(trainer: Any, output: Path) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one, save the model, and return the log."""
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(OneLineProgress)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model()
     return [row for row in trainer.state.log_history if "loss" in row]
 

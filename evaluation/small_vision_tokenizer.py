@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from lapa.configuration.configuration_lapa_vision_tokenizer import LapaVisionTokenizerConfig
 from lapa.evaluation.demo_stages import run_training, schedule
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
+from lapa.training.safe_checkpoints import SafeCheckpoints
 
 
 class _Images(Dataset[dict[str, torch.Tensor]]):
@@ -23,6 +24,10 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.from_numpy(self.frames[item]).permute(2, 0, 1).float() / 127.5 - 1}
+
+
+class VisionTokenizerTrainer(SafeCheckpoints, Trainer):
+    """Trainer of the tokenizer, whose forward returns its loss."""
 
 
 def train_vision_tokenizer(
@@ -56,7 +61,7 @@ def train_vision_tokenizer(
     model = LapaVisionTokenizer(config).requires_grad_(True)
     start_codebook_from_frames(model, frames)
     arguments = TrainingArguments(**schedule(steps, 2e-3, seed, output, device), per_device_train_batch_size=16)
-    return run_training(Trainer(model=model, args=arguments, train_dataset=_Images(frames)), output)
+    return run_training(VisionTokenizerTrainer(model=model, args=arguments, train_dataset=_Images(frames)), output)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from lapa.evaluation.study_work import Work
 
 def inverse_dynamics(work: Work) -> dict[str, Any]:
     """VPT's and UniPi's model of which action lies between two frames."""
-    from lapa.evaluation.baselines.action_regression import r_squared
+    from lapa.evaluation.baselines.action_regression import mean_r_squared
     from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
     from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
     from lapa.evaluation.baselines.inverse_dynamics_training import (
@@ -33,7 +33,10 @@ def inverse_dynamics(work: Work) -> dict[str, Any]:
     )
     # All labelled episodes are trained on: so few that holding some out costs more than it tells.
     settings = InverseDynamicsSettings(
-        Schedule(work.settings.inverse_dynamics_steps, 64, 2e-3), max_shift=3, held_out_share=0.0, keep_best=False
+        Schedule(work.settings.inverse_dynamics_steps, 64, 2e-3, use_cpu=work.use_cpu),
+        max_shift=3,
+        held_out_share=0.0,
+        keep_best=False,
     )
     pairs = recording.frames[first], recording.frames[first + 1]
     folder = work.folder / "model"
@@ -44,12 +47,12 @@ def inverse_dynamics(work: Work) -> dict[str, Any]:
         held.frames[test + 1],
         show_progress=False,
     )
-    return {"final_loss": log[-1]["loss"], "held_out_r2": float(np.mean(r_squared(predicted, held.actions[test])))}
+    return {"final_loss": log[-1]["loss"], "held_out_r2": mean_r_squared(predicted, held.actions[test])}
 
 
 def pseudo_actions(work: Work) -> dict[str, Any]:
     """The inverse dynamics model's labels of the video."""
-    from lapa.evaluation.baselines.action_regression import r_squared
+    from lapa.evaluation.baselines.action_regression import mean_r_squared
     from lapa.evaluation.baselines.inverse_dynamics import InverseDynamicsModel
     from lapa.evaluation.baselines.inverse_dynamics_training import label_actions
 
@@ -63,7 +66,7 @@ def pseudo_actions(work: Work) -> dict[str, Any]:
     if not len(recording.actions):
         return {}
     # Another embodiment acts in a frame of its own: the two need not agree there.
-    return {"video_r2": float(np.mean(r_squared(predicted, recording.actions[first])))}
+    return {"video_r2": mean_r_squared(predicted, recording.actions[first])}
 
 
 def latent_decoder(work: Work) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def latent_decoder(work: Work) -> dict[str, Any]:
         work.seed,
         folder,
         work.inputs["quantizer"].name,
+        work.device,
     )
     write_latent_decoder_policy(work.inputs["pretrained"] / "model", folder, work.folder / "model")
     return {
@@ -109,7 +113,11 @@ def video_model(work: Work) -> dict[str, Any]:
         recording = work.recording(role)
         clips, episode = clip_index(recording.lengths, config.num_frames, config.frame_gap)
         schedule = Schedule(
-            steps, settings.video_model_batch_size, settings.video_model_learning_rate, weight_decay=0.01
+            steps,
+            settings.video_model_batch_size,
+            settings.video_model_learning_rate,
+            weight_decay=0.01,
+            use_cpu=work.use_cpu,
         )
         log = train_video_model(
             recording.frames,

@@ -22,7 +22,10 @@ def refuse_study_arguments(args: argparse.Namespace) -> None:
     """Says which argument of a study was given to a suite that trains nothing."""
     for name in ("quick", "seeds", "methods", "jobs", "stages"):
         if getattr(args, name):
-            raise ValueError(f"`{name}` applies to studies only, and {args.suite!r} is none.")
+            raise ValueError(
+                f"`{name}` applies to studies only, which take no `policy`; {args.suite!r} with "
+                f"`policy` {args.policy!r} is none."
+            )
 
 
 def run_study(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ VALIDATION_SEEDS = 500_000_000
 def _open(work: Work, role: str, temperature: float) -> NamedPolicy:
     folder = work.inputs[role] / "model"
     if _is_unipi(folder):
-        return open_policy(str(folder), work.world.action_dim)
+        return open_policy(str(folder), work.world.action_dim, device=work.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     # A decoder of codes has the statistics of its actions in itself.
     key = None if (folder / DECODER_FOLDER).is_dir() else work.world.name

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ class Runner:
         """Whether its result is there."""
         return (self.stages / job.key / DONE).is_file()
 
+    def _executor(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_start_worker)
+
     def _ready(self, waiting: list[Job]) -> Job | None:
         for job in waiting:
             if all((self.stages / key / DONE).is_file() for key in job.inputs.values()):
@@ -110,26 +115,43 @@ class Runner:
         waiting = [job for job in self.plan.jobs.values() if not self.finished(job)]
         if not waiting:
             return
-        context = multiprocessing.get_context("spawn")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        executor = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_start_worker)
+        executor = self._executor()
         running: dict[Future[None], Job] = {}
+        # Jobs that ran when a process died, as a simulator may take its own with it; which of them it was is not said.
+        suspects: set[str] = set()
         try:
             with tqdm(total=len(waiting), desc=self.plan.study.name, unit="job") as bar:
                 while waiting or running:
                     while len(running) < self.num_workers and (job := self._ready(waiting)) is not None:
+                        if running and suspects & {job.key, *(other.key for other in running.values())}:
+                            break  # alone, so that it harms none, and is known if it was the one
                         waiting.remove(job)
                         inputs = {role: self.stages / key for role, key in job.inputs.items()}
-                        future = executor.submit(
-                            _do, self.stages / job.key, job.kind, job.settings, inputs, self.device
-                        )
-                        running[future] = job
+                        arguments = (self.stages / job.key, job.kind, job.settings, inputs, self.device)
+                        try:
+                            running[executor.submit(_do, *arguments)] = job
+                        except BrokenProcessPool:  # since the last look at it
+                            waiting.insert(0, job)
+                            if running:
+                                break
+                            executor = self._executor()
                     if not running:
                         return  # what is left waits for what has failed
                     bar.set_postfix_str(", ".join(job.label for job in running.values()))
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done = wait(running, return_when=FIRST_COMPLETED).done
+                    if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                        executor.shutdown(wait=False, cancel_futures=True)
+                        executor = self._executor()
+                        again = [job for job in running.values() if not self.finished(job) and job.key not in suspects]
+                        suspects |= {job.key for job in again}
+                        waiting[:0] = again
+                        done = {future for future, job in running.items() if job not in again}
+                        running = {future: running[future] for future in done}
+                    for future in done:
                         job = running.pop(future)
-                        if error := future.exception():
+                        if not self.finished(job):
+                            error = future.exception()
                             self.failed[job.label] = f"{error!r}; see {self.stages / job.key / ERROR}"
                             tqdm.write(f"failed: {job.label}: {error!r}")
                         bar.update()

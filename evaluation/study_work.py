@@ -11,18 +11,15 @@ import torch
 
 from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.data.atomic_files import atomic_file
-from lapa.data.frame_pairs import FramePairDataset
 from lapa.evaluation import demo_stages as stages
 from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.evaluation.study import StudySettings
 from lapa.evaluation.study_plan import DEFAULT_WORLD
 from lapa.evaluation.study_worlds import WORLDS, World
-from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizer
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 from lapa.processing.image_processing_lapa import LapaImageProcessor
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.processing.tokenization_lapa import LapaTokenizer
-from lapa.training.label_latent_actions import label_latent_actions
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,11 @@ class Work:
         config = self.policy_config(len(tokenizer))
         return LapaProcessor.from_config(config, LapaImageProcessor(size=self.settings.image_size), tokenizer)
 
+    @property
+    def use_cpu(self) -> bool:
+        """Whether models are trained on the CPU, though there may be a GPU."""
+        return self.device == "cpu"
+
     def schedule(self, steps: int, learning_rate: float) -> dict[str, Any]:
         """Training arguments of a policy, which is written to `folder / "model"`."""
         return stages.schedule(steps, learning_rate, self.seed, self.folder / "model", self.device)
@@ -113,8 +115,7 @@ class Work:
 
 def quantizer_codes(work: Work, recording: stages.Recording) -> Any:
     """The quantizer's labels (num_pairs, num_latent_tokens) of a recording."""
-    model = LapaQuantizer.from_pretrained(work.inputs["quantizer"] / "model").to(work.device)
-    return label_latent_actions(model, FramePairDataset(recording.episodes(), work.settings.frame_gap), batch_size=256)
+    return stages.recording_codes(recording, work.inputs["quantizer"] / "model", work.settings.frame_gap, work.device)
 
 
 __all__ = ["Work", "quantizer_codes"]

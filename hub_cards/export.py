@@ -188,6 +188,11 @@ def _read_model(source: Path) -> tuple[ModelKind, dict[str, Any], Weights]:
         raise ValueError(
             f"{source / 'config.json'} has `architectures` {found}; accepted: one of {', '.join(kind.architectures)}."
         )
+    if (source / "action_decoder").is_dir():
+        raise ValueError(
+            f"`model` {source} has an action decoder, which is no part of an export: export the latent-pretrained model that it "
+            "was made from, and upload `action_decoder/` beside it."
+        )
     if (source / "adapter_config.json").is_file():
         raise ValueError(f"`model` {source} holds an adapter: merge it into its base model first.")
     return kind, {**config, "architectures": found}, read_weights(source)

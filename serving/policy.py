@@ -95,16 +95,10 @@ class LapaPolicy:
             proprio=proprio,
             return_tensors="pt",
         ).to(self.model.device)
-        tokens = self.model.predict_action_tokens(**inputs, **self._generation(draws))
+        options = RowSamplingLogitsProcessor.options(self.model, "action", self.generation, draws)
+        tokens = self.model.predict_action_tokens(**inputs, **options)
         actions = self.processor.decode_actions(tokens.cpu().numpy(), unnorm_key=self.unnorm_key)
         return np.asarray(actions, dtype=np.float32).reshape(len(actions), self.action_horizon, -1)
-
-    def _generation(self, draws: Sequence[np.random.Generator] | None) -> dict[str, Any]:
-        if draws is None or not self.generation.get("do_sample"):
-            return self.generation
-        segment, defaults = self.model.config.segment("action"), self.model.generation_config
-        rows = RowSamplingLogitsProcessor.from_generation(draws, segment, self.generation, defaults)
-        return {"logits_processor": [rows]}
 
     def act(
         self,

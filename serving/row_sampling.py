@@ -70,6 +70,24 @@ class RowSamplingLogitsProcessor(LogitsProcessor):
         values["top_k"] = 50 if values["top_k"] is None else values["top_k"]
         return cls(draws, segment, **{name: value for name, value in values.items() if value is not None})
 
+    @classmethod
+    def options(
+        cls, model: Any, segment: str, generation: Mapping[str, Any], draws: Sequence[np.random.Generator] | None
+    ) -> Mapping[str, Any]:
+        """
+        Arguments of `generate` that draw from a generator per row; `generation` as it is where nothing is drawn.
+
+        Args:
+            model: The policy.
+            segment: `latent` or `action`.
+            generation: Arguments of `generate`.
+            draws: A generator per row; None for torch's own, which serves all rows together.
+        """
+        if draws is None or not generation.get("do_sample"):
+            return generation
+        rows = cls.from_generation(draws, model.config.segment(segment), generation, model.generation_config)
+        return {"logits_processor": [rows]}
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """See `LogitsProcessor`."""
         rows: Any = scores[:, self.start : self.end].float()

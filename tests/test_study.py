@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import crashing_jobs
 import numpy as np
 import pytest
 import yaml
@@ -11,7 +12,7 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
 from lapa.configuration.configuration_lapa import LapaConfig
-from lapa.evaluation import study_jobs, study_playing, study_worlds
+from lapa.evaluation import study_jobs, study_playing, study_runner, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_plan import READS, Plan
 from lapa.evaluation.study_report import COLOURS, markdown, table_rows, write_study_report
@@ -308,6 +309,19 @@ def test_a_failure_costs_what_depends_on_it(tmp_path):
     assert {job.kind for job in plan.jobs.values() if not again.finished(job)} == {
         "quantizer", "codes", "pretrain", "finetune", "choose", "play",
     }  # fmt: skip
+
+
+def test_a_crash_of_a_process_costs_what_depends_on_its_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_runner, "_do", crashing_jobs.do)
+    plan = Plan(load_study(write(tmp_path, methods=["scratch", "lapa"])))
+    runner = Runner(plan, tmp_path / "stages", 2)
+    runner.run()
+    # Begun again, what crashed once is done; what crashes always fails, and no more than what needs it is left.
+    assert [label.split()[0] for label in runner.failed] == ["labelled"]
+    left = {job.kind for job in plan.jobs.values() if not runner.finished(job)}
+    assert left == {"labelled", "finetune", "choose", "play"}
+    done = {job.kind for job in plan.jobs.values() if runner.finished(job)}
+    assert done >= {"video", "quantizer", "codes", "pretrain", "held_out"}
 
 
 def test_labels_are_as_many_whether_of_one_family_or_of_all(tmp_path, monkeypatch):

@@ -49,11 +49,12 @@ class ActionRegressionTrainer(BaselineTrainer):
         return loss
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """`r2`, the mean over dimensions, and `r2_<dimension>`."""
-        scores = r_squared(torch.cat(self._predicted).numpy(), torch.cat(self._true).numpy())
+        """`r2`, the mean over the dimensions that vary, and `r2_<dimension>`."""
+        rows = torch.cat(self._predicted).numpy(), torch.cat(self._true).numpy()
+        scores, mean = r_squared(*rows), mean_r_squared(*rows)
         self._predicted, self._true = [], []
         named = {f"r2_{dimension}": float(score) for dimension, score in enumerate(scores)}
-        return named | {"r2": float(np.mean(scores))}
+        return named | {"r2": mean}
 
 
 def r_squared(predicted: ArrayLike, true: ArrayLike) -> NDArray[np.float64]:
@@ -67,6 +68,13 @@ def r_squared(predicted: ArrayLike, true: ArrayLike) -> NDArray[np.float64]:
     error = ((true - predicted) ** 2).sum(0)
     scores: NDArray[np.float64] = np.where(spread > 0, 1 - error / np.where(spread > 0, spread, 1), np.nan)
     return scores
+
+
+def mean_r_squared(predicted: ArrayLike, true: ArrayLike) -> float:
+    """`r_squared`, mean of the dimensions that vary; NaN where none does."""
+    scores = r_squared(predicted, true)
+    varying = scores[np.isfinite(scores)]
+    return float(varying.mean()) if len(varying) else float("nan")
 
 
 def hold_out(groups: NDArray[Any], share: float, seed: int) -> NDArray[np.bool_]:
@@ -160,7 +168,7 @@ def train_action_regression(
 
 
 def _write_result(metrics: dict[str, float], output: Path, num_episodes: int) -> None:
-    """R^2 of the model that is kept, where its card looks for results."""
+    """R^2 of the model that is kept, where its card looks for results; none where no dimension varies."""
     value = metrics["eval_r2"]
     row = {"dataset": "held-out labelled episodes", "metric": "r2", "value": value, "episodes": num_episodes}
     rows = [row] if np.isfinite(value) else []
@@ -172,6 +180,7 @@ __all__ = [
     "ActionRegressionTrainer",
     "collate",
     "hold_out",
+    "mean_r_squared",
     "r_squared",
     "train_action_regression",
 ]

@@ -32,11 +32,17 @@ def new_folder(output: Path, inner: str, name: str) -> Iterator[Path]:
         ValueError: `output` holds something else.
     """
     refuse_foreign(output, inner, name)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
+    partial, earlier = (output.with_name(f".{output.name}.{ending}") for ending in ("partial", "earlier"))
+    for left in (partial, earlier):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield partial
+        if output.exists():
+            os.replace(output, earlier)
+        os.replace(partial, output)
+    finally:
+        for left in (partial, earlier):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 __all__ = ["new_folder", "refuse_foreign"]

@@ -94,12 +94,8 @@ class LatentDecoderPolicy:
             proprio=proprio,
             return_tensors="pt",
         ).to(self.model.device)
-        generation = self.generation
-        if draws is not None and generation.get("do_sample"):
-            segment, defaults = self.model.config.segment("latent"), self.model.generation_config
-            rows = RowSamplingLogitsProcessor.from_generation(draws, segment, generation, defaults)
-            generation = {"logits_processor": [rows]}
-        codes = self.model.predict_latent_action(**inputs, **generation)
+        options = RowSamplingLogitsProcessor.options(self.model, "latent", self.generation, draws)
+        codes = self.model.predict_latent_action(**inputs, **options)
         actions: np.ndarray = self.decoder.predict_actions(codes).cpu().numpy().astype(np.float32)
         return actions
 

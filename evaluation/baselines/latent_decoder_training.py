@@ -89,11 +89,13 @@ def train_latent_decoder(
         ValueError: Rows of unequal number, codes or actions of another size, too little to hold anything out.
     """
     labels, known = np.asarray(codes), np.asarray(actions, dtype=np.float32)
-    if labels.ndim != 2 or len(labels) != len(known) or not np.issubdtype(labels.dtype, np.integer):
+    shape = (len(known), config.num_latent_tokens)
+    if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"`codes` must be integers of shape ({len(known)}, {config.num_latent_tokens}), "
-            f"got {labels.shape} {labels.dtype}."
+            f"`codes` must be integers of shape ({shape[0]}, {shape[1]}), got {labels.shape} {labels.dtype}."
         )
+    if labels.size and not 0 <= labels.min() <= labels.max() < config.codebook_size:
+        raise ValueError(f"`codes` must lie in [0, {config.codebook_size}), got {labels.min()} to {labels.max()}.")
     task = ActionRegression(config, LatentActionDecoder, lambda rows: CodeActions(labels[rows], known[rows]))
     return train_action_regression(
         task, known, settings.schedule, settings.held_out_share, settings.keep_best, seed, output, episode

@@ -24,6 +24,7 @@ class Schedule:
         max_grad_norm (`float`): Gradients are clipped there.
         num_checkpoints (`int`): Written in the course of the training, so that an interrupted one loses little; every one
             is followed by an evaluation where some data are held out.
+        use_cpu (`bool`): Train on the CPU though there is a GPU.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Schedule:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     num_checkpoints: int = 5
+    use_cpu: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "num_checkpoints"):
@@ -72,8 +74,9 @@ class Schedule:
             greater_is_better=None if best is None else False,
             remove_unused_columns=False,
             seed=seed,
+            use_cpu=self.use_cpu,
             report_to="tensorboard",
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available() and not self.use_cpu,
         )
 
 

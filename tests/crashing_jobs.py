@@ -1,0 +1,18 @@
+"""Jobs of a study that take their process with them, as a simulator with native code may."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def do(folder: Path, kind: str, settings: Any, inputs: Any, device: str) -> None:
+    """Crashes the first time where the kind is `video`, always where it is `labelled`; does nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = not (folder / "begun").exists()
+    (folder / "begun").touch()
+    if kind == "labelled" or (kind == "video" and first):
+        time.sleep(0.3)
+        os._exit(9)
+    (folder / "done.json").write_text(json.dumps({"result": {}, "seconds": 0.0}), encoding="utf-8")
