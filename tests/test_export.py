@@ -305,3 +305,11 @@ def test_flatten_source():
                  "def f():\n    from lapa.data.x import y", "from . import x", "from ..a import b"):  # fmt: skip
         with pytest.raises(ValueError, match="cannot become part of a flat folder"):
             flatten_source(line + "\n", "m")
+
+
+def test_a_folder_with_an_action_decoder_is_not_exported_without_it(tmp_path):
+    model = save_policy(tmp_path / "policy", "latent")
+    (model / "action_decoder").mkdir()
+    with pytest.raises(ValueError, match="has an action decoder, which is no part of an export"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
