@@ -83,8 +83,9 @@ def main(
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # Seconds of work: begun anew by every run, and gone when it ends.
     with tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", dir=args.output.parent) as folder:
-        train_latent_decoder(codes, actions, config, training, args.seed, Path(folder), episode)
-        write_latent_decoder_policy(args.model, folder, args.output)
+        decoder = Path(folder) / DECODER_FOLDER
+        train_latent_decoder(codes, actions, config, training, args.seed, decoder, episode)
+        write_latent_decoder_policy(args.model, decoder, args.output)
     results = args.output / DECODER_FOLDER / RESULTS_NAME
     rows = json.loads(results.read_text(encoding="utf-8"))["results"] if results.is_file() else []
     print(f"{len(codes)} steps of {len(np.unique(episode))} episodes, {actions.shape[1]}-dimensional actions")
@@ -92,6 +93,10 @@ def main(
     for row in rows:
         print(
             f"R2 on {row['episodes']} held-out episodes: {row['value']:.3f} (from true codes, mean of the dimensions that vary)"
+        )
+    if any(row["value"] <= 0 for row in rows):
+        print(
+            "below 0: always playing the mean action would be as good. The codes do not tell the actions, or the steps are too few."
         )
     print(args.output)
     return 0

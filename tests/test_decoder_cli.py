@@ -55,7 +55,8 @@ def test_the_labels_make_a_policy(tmp_path, model, capsys):
     assert "64 steps of 4 episodes, 2-dimensional actions" in out
     # The first dimension never varies and has no R2; the mean is the other's.
     (value,) = re.findall(r"R2 on 1 held-out episodes: (\S+) ", out)
-    assert float(value) > 0.9
+    assert float(value) > 0.9 and "below 0" not in out
+    assert "# action_decoder" in (tmp_path / "policy" / "action_decoder" / "README.md").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "policy", "pretrained"]
     policy = LatentDecoderPolicy.from_pretrained(tmp_path / "policy")
     assert policy.decoder.config.quantizer_hash == "abc"
@@ -63,6 +64,13 @@ def test_the_labels_make_a_policy(tmp_path, model, capsys):
     np.testing.assert_allclose(decoded, [[1.0, step] for step in range(8)], atol=0.5)
     assert policy.act([picture()], ["push"]).shape == (1, 2)
     assert open_policy(str(tmp_path / "policy"), 2).name == str(tmp_path / "policy")
+
+
+def test_codes_that_tell_nothing_are_said_to(tmp_path, model, capsys):
+    generator = np.random.default_rng(0)
+    random = [row | {"action": generator.normal(size=2).tolist()} for row in rows()]
+    assert run(tmp_path, model, {0: random, 1: random[::-1]}, None, "--held-out-share", "0.25") == 0
+    assert "always playing the mean action would be as good" in capsys.readouterr().out
 
 
 def test_rows_without_an_action_are_left_out_and_robots_are_not_mixed(tmp_path):
