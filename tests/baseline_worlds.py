@@ -1,10 +1,17 @@
 """A world small enough to learn in seconds: a square on a dark ground that an action moves."""
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
+import torch
 
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
 from lapa.evaluation.baselines.inverse_dynamics_training import InverseDynamicsSettings
-from lapa.evaluation.baselines.training import Schedule
+from lapa.evaluation.baselines.training import BaselineTrainer, Schedule
+from lapa.training.metrics_trainer import MetricsTrainer
 
 
 def draw(position: np.ndarray, size: int = 16, colour: tuple[int, int, int] = (230, 60, 40)) -> np.ndarray:
@@ -39,3 +46,22 @@ INVERSE_DYNAMICS = InverseDynamicsConfig(
     mlp_hidden_size=32,
 )
 SQUARE_SETTINGS = InverseDynamicsSettings(Schedule(300, 32, 5e-3, num_checkpoints=2), max_shift=1)
+
+
+def assert_resumed_as_uninterrupted(train: Callable[[Path], Mapping[str, torch.Tensor]], place: Path) -> None:
+    """Trains whole and cut short; `train` makes 8 steps with 2 checkpoints in a folder and returns the weights."""
+
+    def cut_short(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return MetricsTrainer.training_step(self, *args, **kwargs)
+
+    whole = train(place / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaselineTrainer, "training_step", cut_short, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train(place / "cut")
+    assert (place / "cut" / "checkpoint-4").is_dir()
+    assert not (place / "cut" / "model.safetensors").exists()
+    resumed = train(place / "cut")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from baseline_worlds import INVERSE_DYNAMICS, SQUARE_SETTINGS, moving_squares
+from baseline_worlds import INVERSE_DYNAMICS, SQUARE_SETTINGS, assert_resumed_as_uninterrupted, moving_squares
 from transformers import AutoModel
 
 from lapa.evaluation.baselines.action_regression import hold_out, r_squared
@@ -18,8 +18,7 @@ from lapa.evaluation.baselines.inverse_dynamics_training import (
     label_actions,
     train_inverse_dynamics,
 )
-from lapa.evaluation.baselines.training import BaselineTrainer, Schedule
-from lapa.training.metrics_trainer import MetricsTrainer
+from lapa.evaluation.baselines.training import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +110,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
         train_inverse_dynamics(first, second, actions, INVERSE_DYNAMICS, settings, 3, folder)
         return InverseDynamicsModel.from_pretrained(folder).state_dict()
 
-    def cut_short(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return MetricsTrainer.training_step(self, *args, **kwargs)
-
-    whole = train(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaselineTrainer, "training_step", cut_short, raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "cut")
-    assert (tmp_path / "cut" / "checkpoint-4").is_dir()
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    resumed = train(tmp_path / "cut")
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert_resumed_as_uninterrupted(train, tmp_path)
 
 
 def test_pairs_are_held_out_by_episode():

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from baseline_worlds import assert_resumed_as_uninterrupted
 from hub_folders import picture, policy_config, save_policy
 from transformers import AutoModel
 
@@ -15,9 +16,8 @@ from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionD
 from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
 from lapa.evaluation.baselines.latent_decoder_policy import LatentDecoderPolicy, write_latent_decoder_policy
 from lapa.evaluation.baselines.latent_decoder_training import LatentDecoderSettings, train_latent_decoder
-from lapa.evaluation.baselines.training import BaselineTrainer, Schedule
+from lapa.evaluation.baselines.training import Schedule
 from lapa.evaluation.policies import DECODER_FOLDER, open_policy
-from lapa.training.metrics_trainer import MetricsTrainer
 
 CONFIG = LatentActionDecoderConfig(action_dim=2, embedding_size=8, mlp_hidden_size=32)
 SETTINGS = LatentDecoderSettings(Schedule(300, 64, 1e-2, num_checkpoints=2))
@@ -76,18 +76,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
         train_latent_decoder(*labelled_steps(64), CONFIG, settings, 3, folder)
         return LatentActionDecoder.from_pretrained(folder).state_dict()
 
-    def cut_short(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return MetricsTrainer.training_step(self, *args, **kwargs)
-
-    whole = train(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaselineTrainer, "training_step", cut_short, raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "cut")
-    resumed = train(tmp_path / "cut")
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert_resumed_as_uninterrupted(train, tmp_path)
 
 
 @pytest.mark.parametrize(

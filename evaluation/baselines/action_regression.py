@@ -89,6 +89,26 @@ def hold_out(groups: NDArray[Any], share: float, seed: int) -> NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class RegressionSettings:
+    """
+    How such a model is trained.
+
+    Args:
+        schedule (`Schedule`): Steps, batch size, learning rate.
+        held_out_share (`float`): Share of the episodes whose loss and R^2 are logged; 0 trains on all.
+        keep_best (`bool`): Whether the checkpoint of lowest held-out loss is kept instead of the last.
+    """
+
+    schedule: Schedule
+    held_out_share: float = 0.1
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(f"`held_out_share` must lie in [0, 1), got {self.held_out_share}.")
+
+
+@dataclass(frozen=True)
 class ActionRegression:
     """
     What is to be trained.
@@ -109,9 +129,7 @@ class ActionRegression:
 def train_action_regression(
     task: ActionRegression,
     actions: ArrayLike,
-    schedule: Schedule,
-    held_out_share: float,
-    keep_best: bool,
+    settings: RegressionSettings,
     seed: int,
     output: Path,
     episode: ArrayLike | None = None,
@@ -122,9 +140,7 @@ def train_action_regression(
     Args:
         task: Model and examples.
         actions: (num_rows, action_dim), physical units.
-        schedule: Steps, batch size, learning rate.
-        held_out_share: Share of the episodes whose loss and R^2 are logged; 0 trains on all.
-        keep_best: Whether the checkpoint of lowest held-out loss is kept instead of the last.
+        settings: Schedule, and what is held out.
         seed: Of the weights, the split and the order.
         output: Folder to write.
         episode: (num_rows,) which episode a row is from, by which data are held out; every row by itself when None.
@@ -142,7 +158,7 @@ def train_action_regression(
     groups = np.arange(len(known)) if episode is None else np.asarray(episode)
     if len(groups) != len(known):
         raise ValueError(f"`episode` has {len(groups)} rows for {len(known)} actions.")
-    held_out = hold_out(groups, held_out_share, seed)
+    held_out = hold_out(groups, settings.held_out_share, seed)
     std = known[~held_out].std(0)
     config = type(task.config).from_dict(
         task.config.to_dict()
@@ -156,7 +172,9 @@ def train_action_regression(
     evaluates = bool(held_out.any())
     trainer = task.trainer(
         model=task.model(config),
-        args=schedule.arguments(output, seed, evaluates, "eval_loss" if evaluates and keep_best else None),
+        args=settings.schedule.arguments(
+            output, seed, evaluates, "eval_loss" if evaluates and settings.keep_best else None
+        ),
         train_dataset=task.dataset(~held_out),
         eval_dataset=task.dataset(held_out) if evaluates else None,
     )
@@ -178,6 +196,7 @@ def _write_result(metrics: dict[str, float], output: Path, num_episodes: int) ->
 __all__ = [
     "ActionRegression",
     "ActionRegressionTrainer",
+    "RegressionSettings",
     "collate",
     "hold_out",
     "mean_r_squared",

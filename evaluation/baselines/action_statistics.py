@@ -1,10 +1,13 @@
-"""Mean and standard deviation of the training actions, which travel in a model's config."""
+"""Actions normalised by the statistics of the training data, which travel in a model's config."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 
 DEFAULTS = {"action_mean": 0.0, "action_std": 1.0}
 
@@ -22,4 +25,33 @@ def fill_action_statistics(model: Any) -> None:
         init.copy_(getattr(model, name), torch.tensor(values, dtype=torch.float32))
 
 
-__all__ = ["fill_action_statistics", "register_action_statistics"]
+@dataclass
+class PredictedActions(ModelOutput):
+    """
+    Output of a model that reads actions.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Mean squared error of the normalised actions.
+        actions (`torch.Tensor` of shape `(batch, action_dim)`): Predicted, in physical units.
+    """
+
+    loss: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
+
+
+def predicted_actions(model: Any, normalised: torch.Tensor, actions: torch.Tensor | None) -> PredictedActions:
+    """
+    What a model gives out.
+
+    Args:
+        model: With the buffers of `register_action_statistics`.
+        normalised: (batch, action_dim), as the model predicts.
+        actions: (batch, action_dim) the true ones, physical units; no loss when None.
+    """
+    loss = None
+    if actions is not None:
+        loss = F.mse_loss(normalised, (actions.float() - model.action_mean) / model.action_std)
+    return PredictedActions(loss=loss, actions=normalised * model.action_std + model.action_mean)
+
+
+__all__ = ["PredictedActions", "fill_action_statistics", "predicted_actions", "register_action_statistics"]

@@ -1,31 +1,19 @@
 """VPT's inverse dynamics model: which action leads from one frame to the next."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
-from lapa.evaluation.baselines.action_statistics import fill_action_statistics, register_action_statistics
+from lapa.evaluation.baselines.action_statistics import (
+    PredictedActions,
+    fill_action_statistics,
+    predicted_actions,
+    register_action_statistics,
+)
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
-
-
-@dataclass
-class InverseDynamicsOutput(ModelOutput):
-    """
-    Output of [`InverseDynamicsModel`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Mean squared error of the normalised actions.
-        actions (`torch.Tensor` of shape `(batch, action_dim)`): Predicted, in physical units.
-    """
-
-    loss: torch.Tensor | None = None
-    actions: torch.Tensor | None = None
 
 
 class InverseDynamicsModel(PreTrainedModel):
@@ -78,7 +66,7 @@ class InverseDynamicsModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, nonlinearity="relu")
             init.zeros_(module.bias)
 
-    def forward(self, pixel_values: torch.Tensor, actions: torch.Tensor | None = None) -> InverseDynamicsOutput:
+    def forward(self, pixel_values: torch.Tensor, actions: torch.Tensor | None = None) -> PredictedActions:
         """
         Actions of frame pairs, with the loss that trains the model.
 
@@ -87,7 +75,7 @@ class InverseDynamicsModel(PreTrainedModel):
             actions (`torch.Tensor` of shape `(batch, action_dim)`, *optional*): The true ones, physical units.
 
         Returns:
-            [`InverseDynamicsOutput`]
+            [`PredictedActions`]
 
         Raises:
             ValueError: Frames or actions of another shape, or frames that are not floating.
@@ -96,10 +84,7 @@ class InverseDynamicsModel(PreTrainedModel):
         # b t c h w -> b (t c) h w; centred, because the first layer is followed by a normalisation without a bias
         frames = pixel_values.to(self.dtype).flatten(1, 2) * 2 - 1
         normalised = self.mlp(self.resnet(frames).pooler_output.flatten(1)).float()
-        loss = None
-        if actions is not None:
-            loss = F.mse_loss(normalised, (actions.float() - self.action_mean) / self.action_std)
-        return InverseDynamicsOutput(loss=loss, actions=normalised * self.action_std + self.action_mean)
+        return predicted_actions(self, normalised, actions)
 
     @torch.no_grad()
     def predict_actions(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -136,4 +121,4 @@ class InverseDynamicsModel(PreTrainedModel):
             )
 
 
-__all__ = ["InverseDynamicsModel", "InverseDynamicsOutput"]
+__all__ = ["InverseDynamicsModel"]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lapa.evaluation.baselines.action_regression import (
     ActionRegression,
     ActionRegressionTrainer,
+    RegressionSettings,
     train_action_regression,
 )
 from lapa.evaluation.baselines.configuration_inverse_dynamics import InverseDynamicsConfig
@@ -23,31 +24,27 @@ from lapa.evaluation.baselines.training import Schedule
 
 
 @dataclass(frozen=True)
-class InverseDynamicsSettings:
+class InverseDynamicsSettings(RegressionSettings):
     """
     How an inverse dynamics model is trained. The default rate is the paper's.
 
     Args:
-        schedule (`Schedule`): Steps, batch size, learning rate.
+        schedule, held_out_share, keep_best: See [`RegressionSettings`].
         max_shift (`int`): Both frames of a pair are moved together by up to this many pixels along each axis; what comes in
             repeats the border.
         colour_jitter (`float`): Brightness and contrast of each channel of a pair change by up to this share.
-        held_out_share (`float`): Share of the episodes whose loss and R^2 are logged; 0 trains on all.
-        keep_best (`bool`): Whether the checkpoint of lowest held-out loss is kept instead of the last.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=20_000, batch_size=64, learning_rate=1e-4))
     max_shift: int = 4
     colour_jitter: float = 0.1
-    held_out_share: float = 0.1
-    keep_best: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_shift < 0:
             raise ValueError(f"`max_shift` must be at least 0, got {self.max_shift}.")
-        for name in ("colour_jitter", "held_out_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.colour_jitter < 1:
+            raise ValueError(f"`colour_jitter` must lie in [0, 1), got {self.colour_jitter}.")
 
 
 class FramePairActions(Dataset[dict[str, Any]]):
@@ -164,9 +161,7 @@ def train_inverse_dynamics(
         lambda rows: FramePairActions(first[rows], second[rows], known[rows]),
         partial(InverseDynamicsTrainer, settings=settings),
     )
-    return train_action_regression(
-        task, known, settings.schedule, settings.held_out_share, settings.keep_best, seed, output, episode
-    )
+    return train_action_regression(task, known, settings, seed, output, episode)
 
 
 def label_actions(

@@ -1,30 +1,17 @@
 """Which action a latent action stands for."""
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
-from lapa.evaluation.baselines.action_statistics import fill_action_statistics, register_action_statistics
+from lapa.evaluation.baselines.action_statistics import (
+    PredictedActions,
+    fill_action_statistics,
+    predicted_actions,
+    register_action_statistics,
+)
 from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
-
-
-@dataclass
-class LatentActionDecoderOutput(ModelOutput):
-    """
-    Output of [`LatentActionDecoder`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Mean squared error of the normalised actions.
-        actions (`torch.Tensor` of shape `(batch, action_dim)`): Predicted, in physical units.
-    """
-
-    loss: torch.Tensor | None = None
-    actions: torch.Tensor | None = None
 
 
 class LatentActionDecoder(PreTrainedModel):
@@ -68,9 +55,7 @@ class LatentActionDecoder(PreTrainedModel):
             init.kaiming_uniform_(module.weight, nonlinearity="relu")
             init.zeros_(module.bias)
 
-    def forward(
-        self, latent_action_codes: torch.Tensor, actions: torch.Tensor | None = None
-    ) -> LatentActionDecoderOutput:
+    def forward(self, latent_action_codes: torch.Tensor, actions: torch.Tensor | None = None) -> PredictedActions:
         """
         Actions of latent actions, with the loss that trains the model.
 
@@ -79,7 +64,7 @@ class LatentActionDecoder(PreTrainedModel):
             actions (`torch.Tensor` of shape `(batch, action_dim)`, *optional*): The true ones, physical units.
 
         Returns:
-            [`LatentActionDecoderOutput`]
+            [`PredictedActions`]
 
         Raises:
             ValueError: Codes or actions of another shape, codes that are no integers or leave the codebook.
@@ -88,10 +73,7 @@ class LatentActionDecoder(PreTrainedModel):
         places = torch.arange(self.config.num_latent_tokens, device=latent_action_codes.device)
         embedded = self.embeddings(latent_action_codes.long() + places * self.config.codebook_size)
         normalised = self.mlp(embedded.flatten(1)).float()
-        loss = None
-        if actions is not None:
-            loss = F.mse_loss(normalised, (actions.float() - self.action_mean) / self.action_std)
-        return LatentActionDecoderOutput(loss=loss, actions=normalised * self.action_std + self.action_mean)
+        return predicted_actions(self, normalised, actions)
 
     @torch.no_grad()
     def predict_actions(self, latent_action_codes: torch.Tensor) -> torch.Tensor:
@@ -124,4 +106,4 @@ class LatentActionDecoder(PreTrainedModel):
             )
 
 
-__all__ = ["LatentActionDecoder", "LatentActionDecoderOutput"]
+__all__ = ["LatentActionDecoder"]

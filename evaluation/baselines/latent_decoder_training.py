@@ -9,32 +9,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from lapa.evaluation.baselines.action_regression import ActionRegression, train_action_regression
+from lapa.evaluation.baselines.action_regression import ActionRegression, RegressionSettings, train_action_regression
 from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
 from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
 from lapa.evaluation.baselines.training import Schedule
 
 
 @dataclass(frozen=True)
-class LatentDecoderSettings:
-    """
-    How a latent action decoder is trained; on a few hundred labelled steps that takes seconds.
-
-    Args:
-        schedule (`Schedule`): Steps, batch size, learning rate.
-        held_out_share (`float`): Share of the episodes whose loss and R^2 are logged; 0 trains on all.
-        keep_best (`bool`): Whether the checkpoint of lowest held-out loss is kept instead of the last.
-    """
+class LatentDecoderSettings(RegressionSettings):
+    """How a latent action decoder is trained, see [`RegressionSettings`]; on a few hundred labelled steps that takes seconds."""
 
     schedule: Schedule = field(
         default_factory=lambda: Schedule(steps=500, batch_size=64, learning_rate=3e-3, weight_decay=0.01)
     )
-    held_out_share: float = 0.1
-    keep_best: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(f"`held_out_share` must lie in [0, 1), got {self.held_out_share}.")
 
 
 class CodeActions(Dataset[dict[str, Any]]):
@@ -97,9 +84,7 @@ def train_latent_decoder(
     if labels.size and not 0 <= labels.min() <= labels.max() < config.codebook_size:
         raise ValueError(f"`codes` must lie in [0, {config.codebook_size}), got {labels.min()} to {labels.max()}.")
     task = ActionRegression(config, LatentActionDecoder, lambda rows: CodeActions(labels[rows], known[rows]))
-    return train_action_regression(
-        task, known, settings.schedule, settings.held_out_share, settings.keep_best, seed, output, episode
-    )
+    return train_action_regression(task, known, settings, seed, output, episode)
 
 
 __all__ = ["CodeActions", "LatentDecoderSettings", "train_latent_decoder"]
