@@ -40,6 +40,34 @@ class ChunkPolicy(Protocol):
         """All steps of a prediction, (batch, action_horizon, action_dim) float32; arguments as in [`Policy`]."""
 
 
+def policy_inputs(
+    policy: Any,
+    target: str,
+    images: Sequence[np.ndarray],
+    instructions: Sequence[str],
+    proprio: Sequence[np.ndarray] | None,
+    **options: Any,
+) -> Any:
+    """
+    What a policy's model reads, on the model's device.
+
+    Args:
+        policy: With a `model` and a `processor`.
+        target: `latent` or `action`.
+        images, instructions, proprio: See [`Policy`].
+        options: Further arguments of the processor.
+    """
+    return policy.processor(
+        images=list(images),
+        instruction=list(instructions),
+        target=target,
+        padding="longest",
+        proprio=proprio,
+        return_tensors="pt",
+        **options,
+    ).to(policy.model.device)
+
+
 class LapaPolicy:
     """A finetuned model with its processor as a [`Policy`].
 
@@ -86,15 +114,7 @@ class LapaPolicy:
             draws: For a policy that samples, a generator per robot: what a robot draws is independent of the others in
                 the batch. torch's generator, which serves all rows together, when None.
         """
-        inputs = self.processor(
-            images=list(images),
-            instruction=list(instructions),
-            target="action",
-            unnorm_key=self.unnorm_key,
-            padding="longest",
-            proprio=proprio,
-            return_tensors="pt",
-        ).to(self.model.device)
+        inputs = policy_inputs(self, "action", images, instructions, proprio, unnorm_key=self.unnorm_key)
         options = RowSamplingLogitsProcessor.options(self.model, "action", self.generation, draws)
         tokens = self.model.predict_action_tokens(**inputs, **options)
         actions = self.processor.decode_actions(tokens.cpu().numpy(), unnorm_key=self.unnorm_key)
@@ -190,4 +210,4 @@ class ChunkPlayer:
         return held
 
 
-__all__ = ["ChunkPlayer", "ChunkPolicy", "LapaPolicy", "Policy"]
+__all__ = ["ChunkPlayer", "ChunkPolicy", "LapaPolicy", "Policy", "policy_inputs"]

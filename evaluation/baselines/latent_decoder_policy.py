@@ -13,6 +13,7 @@ from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
 from lapa.evaluation.policies import DECODER_FOLDER
 from lapa.modeling_lapa.modeling_lapa import LapaForLatentAction
 from lapa.processing.processing_lapa import LapaProcessor
+from lapa.serving.policy import policy_inputs
 from lapa.serving.row_sampling import RowSamplingLogitsProcessor
 
 POLICY = "policy with an action decoder"
@@ -86,14 +87,7 @@ class LatentDecoderPolicy:
             images, instructions, proprio: See [`~lapa.serving.policy.Policy`].
             draws: See [`~lapa.serving.policy.LapaPolicy.act_chunk`].
         """
-        inputs = self.processor(
-            images=list(images),
-            instruction=list(instructions),
-            target="latent",
-            padding="longest",
-            proprio=proprio,
-            return_tensors="pt",
-        ).to(self.model.device)
+        inputs = policy_inputs(self, "latent", images, instructions, proprio)
         options = RowSamplingLogitsProcessor.options(self.model, "latent", self.generation, draws)
         codes = self.model.predict_latent_action(**inputs, **options)
         actions: np.ndarray = self.decoder.predict_actions(codes).cpu().numpy().astype(np.float32)
