@@ -58,3 +58,26 @@ def test_what_is_missing_is_named():
         MetaWorldEvaluation(max_steps=501)
     with pytest.raises(ValueError, match="image_size"):
         MetaWorldEvaluation(image_size=4)
+
+
+def test_a_repeated_action_is_that_many_steps_of_the_simulator(environment):
+    repeated = MetaWorldEvaluation(image_size=64, max_steps=118, action_repeat=5)
+    action = np.array([0.5, -0.3, 0.2, 0.0], np.float32)
+    repeated.start("reach", 1)
+    together = repeated.step(action)
+    environment.start("reach", 1)
+    for _ in range(5):
+        apart = environment.step(action)
+    assert np.array_equal(together.observation["image"], apart.observation["image"])
+    assert np.array_equal(together.observation["proprio"], apart.observation["proprio"])
+    # The limit counts the simulator's steps: the last of 24 actions is cut short.
+    steps = 1
+    while not (result := repeated.step(np.zeros(4, np.float32))).done:
+        steps += 1
+    assert (steps + 1, repeated._num_steps, result.success) == (24, 118, False)
+    repeated.close()
+
+
+def test_an_action_repeat_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r"`action_repeat` must lie in \[1, 100\], got 0"):
+        MetaWorldEvaluation(max_steps=100, action_repeat=0)
