@@ -122,6 +122,7 @@ def test_the_summary_fails_where_one_condition_does(benchmark, capsys):
     assert benchmark.summarise([ours], "published") and "beats control" not in benchmark.conditions(ours, None)
 
 
+@pytest.mark.slow  # of a benchmark that no command of the package uses
 def test_short_runs_without_simulator_and_readers(tmp_path):
     """A process in which what a GPU machine may lack cannot be imported; finished runs are not repeated."""
     blocker = tmp_path / "sitecustomize.py"
