@@ -1,11 +1,15 @@
 """Records the scripted expert of any environment that has one."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
-from lapa.evaluation.environments.base import EvaluationEnvironment
+from lapa.evaluation.environment_pool import EnvironmentPool, Failure, Restarted, Start
+from lapa.evaluation.environments.base import Bounds, Observation
 
 
 @dataclass(frozen=True)
@@ -28,42 +32,92 @@ class ExpertEpisode:
     success: bool
 
 
-def record_expert(environment: EvaluationEnvironment, task: str, seed: int, noise: float = 0.0) -> ExpertEpisode:
+@dataclass
+class _Track:
+    """An episode that is being recorded."""
+
+    generator: np.random.Generator
+    observations: list[Observation]
+    actions: list[NDArray[np.float32]] = field(default_factory=list)
+    success: bool = False
+
+    def episode(self) -> ExpertEpisode:
+        nothing = np.zeros(0, np.float32)
+        return ExpertEpisode(
+            frames=np.stack([entry["image"] for entry in self.observations]),
+            proprio=np.stack([np.asarray(entry.get("proprio", nothing), np.float32) for entry in self.observations]),
+            actions=np.stack(self.actions),
+            instruction=str(self.observations[0]["instruction"]),
+            success=self.success,
+        )
+
+
+def record_expert(
+    pool: EnvironmentPool, episodes: Sequence[Start], noise: float = 0.0, bounds: Bounds = (-1.0, 1.0)
+) -> list[ExpertEpisode]:
     """
-    Plays the expert for one episode; the same arguments give the same episode.
+    Plays the expert; the same episode is the same whatever is played beside it.
 
     Args:
-        environment: With an `expert_action`.
-        task: Of the environment.
-        seed: Of the start and of the noise.
+        pool: Of environments with an `expert_action`; as many episodes are played at a time as it has.
+        episodes: Task and seed of each; the seed is of the start and of the noise.
         noise: Standard deviation of what is added to every action, as a share of half the range of actions. The expert sees
             where that leads and corrects it, and so does who learns from the recording.
+        bounds: Of the environments' actions.
 
     Raises:
         ValueError: `noise` below 0.
+        RuntimeError: An environment crashed or hung; which episode is named.
     """
     if noise < 0:
         raise ValueError(f"`noise` must be at least 0, got {noise}.")
-    low, high = (np.broadcast_to(np.asarray(bound, np.float32), environment.action_dim)
-                 for bound in environment.action_bounds)  # fmt: skip
-    generator = np.random.default_rng(seed)
-    observation = environment.start(task, seed)
-    observations, actions, done, success = [observation], [], False, False
-    while not done:
-        disturbance = noise * (high - low) / 2 * generator.standard_normal(environment.action_dim)
-        action = np.clip(environment.expert_action() + disturbance, low, high).astype(np.float32)
-        result = environment.step(action)
-        observations.append(result.observation)
-        actions.append(action)
-        done, success = result.done, result.success
-    nothing = np.zeros(0, np.float32)
-    return ExpertEpisode(
-        frames=np.stack([entry["image"] for entry in observations]),
-        proprio=np.stack([np.asarray(entry.get("proprio", nothing), np.float32) for entry in observations]),
-        actions=np.stack(actions),
-        instruction=str(observation["instruction"]),
-        success=success,
-    )
+    low, high = (np.asarray(bound, np.float32) for bound in bounds)
+    recorded: list[ExpertEpisode] = []
+    with tqdm(total=len(episodes), desc="recording", unit="episode") as progress:
+        for first in range(0, len(episodes), pool.size):
+            chunk = episodes[first : first + pool.size]
+            recorded += _record_chunk(pool, chunk, noise, low, high)
+            progress.update(len(chunk))
+    return recorded
+
+
+def _record_chunk(
+    pool: EnvironmentPool, episodes: Sequence[Start], noise: float, low: NDArray[Any], high: NDArray[Any]
+) -> list[ExpertEpisode]:
+    """Episodes side by side, one per environment of the pool."""
+    tracks: dict[int, _Track] = {}
+
+    def begin(slot: int, observation: Observation) -> None:
+        tracks[slot] = _Track(np.random.default_rng(episodes[slot][1]), [observation])
+
+    def played(answers: Mapping[int, Any]) -> dict[int, Any]:
+        """Answers of the environments that gave one."""
+        for slot, answer in answers.items():
+            if isinstance(answer, Failure):
+                task, seed = episodes[slot]
+                raise RuntimeError(
+                    f"recording {task!r} from seed {seed}: the environment {answer.kind}: {answer.reason}"
+                )
+            if isinstance(answer, Restarted):
+                begin(slot, answer.observation)
+        return {slot: answer for slot, answer in answers.items() if not isinstance(answer, Restarted)}
+
+    for slot, observation in played(pool.start(dict(enumerate(episodes)))).items():
+        begin(slot, observation)
+    running = list(tracks)
+    while running:
+        actions = {}
+        for slot, expert in played(pool.expert_actions(running)).items():
+            disturbance = noise * (high - low) / 2 * tracks[slot].generator.standard_normal(len(expert))
+            actions[slot] = np.clip(expert + disturbance, low, high).astype(np.float32)
+        for slot, result in played(pool.step(actions)).items():
+            track = tracks[slot]
+            track.observations.append(result.observation)
+            track.actions.append(actions[slot])
+            track.success = result.success
+            if result.done:
+                running.remove(slot)
+    return [tracks[slot].episode() for slot in range(len(episodes))]
 
 
 __all__ = ["ExpertEpisode", "record_expert"]

@@ -14,13 +14,18 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--methods", nargs="+", metavar="METHOD", help="a part of the study's methods, or others")
     group.add_argument("--jobs", type=int, help="jobs at a time, each on one core; all cores by default")
     group.add_argument(
+        "--simulators",
+        type=int,
+        help="processes in which a job in MetaWorld records and plays; 1 by default, results are the same",
+    )
+    group.add_argument(
         "--stages", type=Path, help="folder of finished jobs, which studies may share; OUTPUT/stages by default"
     )
 
 
 def refuse_study_arguments(args: argparse.Namespace) -> None:
     """Says which argument of a study was given to a suite that trains nothing."""
-    for name in ("quick", "seeds", "methods", "jobs", "stages"):
+    for name in ("quick", "seeds", "methods", "jobs", "simulators", "stages"):
         if getattr(args, name):
             raise ValueError(
                 f"`{name}` applies to studies only, which take no `policy`; {args.suite!r} with "
@@ -33,10 +38,11 @@ def run_study(args: argparse.Namespace) -> int:
     Does what is left of a study and writes its report.
 
     Raises:
-        ValueError: `--policy`, or a number of jobs below 1.
+        ValueError: `--policy`, a number of jobs or simulators below 1, or settings of which there is no model.
     """
     from lapa.evaluation.study import load_study
-    from lapa.evaluation.study_plan import Plan
+    from lapa.evaluation.study_checks import check_models
+    from lapa.evaluation.study_plan import Machine, Plan
     from lapa.evaluation.study_report import markdown, write_study_report
     from lapa.evaluation.study_runner import Runner, locked
 
@@ -45,10 +51,15 @@ def run_study(args: argparse.Namespace) -> int:
     jobs = (os.cpu_count() or 1) if args.jobs is None else args.jobs
     if jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {jobs}.")
-    plan = Plan(load_study(args.suite, args.quick, seeds=args.seeds, methods=args.methods))
+    simulators = 1 if args.simulators is None else args.simulators
+    if simulators < 1:
+        raise ValueError(f"`simulators` must be at least 1, got {simulators}.")
+    study = load_study(args.suite, args.quick, seeds=args.seeds, methods=args.methods)
+    check_models(study)
+    plan = Plan(study)
     stages = args.stages or args.output / "stages"
     with locked(stages):
-        runner = Runner(plan, stages, jobs, args.device or "cpu")
+        runner = Runner(plan, stages, jobs, Machine(args.device or "cpu", simulators))
         earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             runner.run()

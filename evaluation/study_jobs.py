@@ -41,6 +41,7 @@ def video(work: Work) -> dict[str, Any]:
         VIDEO_SEEDS + work.seed * SEED_STRIDE,
         embodiment,
         with_actions=work.world.has_actions(embodiment),
+        num_processes=work.machine.simulators,
     )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths), "frames": len(recording.frames)}
@@ -52,8 +53,9 @@ def labelled(work: Work) -> dict[str, Any]:
     # As many in all, whether they are of one family or of all.
     total = work.settings.labelled_episodes_per_family * len(work.settings.families)
     episodes = {family: total // len(wanted) for family in wanted}
+    first, embodiment = LABELLED_SEEDS + work.seed * SEED_STRIDE, work.world.embodiments[0]
     recording = work.world.record(
-        work.settings, episodes, LABELLED_SEEDS + work.seed * SEED_STRIDE, work.world.embodiments[0], with_actions=True
+        work.settings, episodes, first, embodiment, with_actions=True, num_processes=work.machine.simulators
     )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths), "steps": int(len(recording.frames) - len(recording.lengths))}
@@ -62,8 +64,9 @@ def labelled(work: Work) -> dict[str, Any]:
 def held_out(work: Work) -> dict[str, Any]:
     """Episodes with actions that nothing is trained on."""
     episodes = dict.fromkeys(work.settings.families, work.settings.held_out_episodes)
+    embodiment, processes = work.world.embodiments[0], work.machine.simulators
     recording = work.world.record(
-        work.settings, episodes, HELD_OUT_SEEDS, work.world.embodiments[0], with_actions=True
+        work.settings, episodes, HELD_OUT_SEEDS, embodiment, with_actions=True, num_processes=processes
     )
     recording.save(work.folder / "recording.npz")
     return {"episodes": len(recording.lengths)}
@@ -73,7 +76,8 @@ def vision_tokenizer(work: Work) -> dict[str, Any]:
     """The image tokenizer of all policies, as the published VQGAN is: trained on pictures of its own, once for all seeds."""
     settings, world = work.settings, work.world
     episodes = dict.fromkeys(settings.families, settings.tokenizer_episodes)
-    frames = world.record(settings, episodes, TOKENIZER_SEEDS, world.embodiments[0], with_actions=False).frames
+    embodiment, processes = world.embodiments[0], work.machine.simulators
+    frames = world.record(settings, episodes, TOKENIZER_SEEDS, embodiment, False, processes).frames
     log = train_vision_tokenizer(
         frames, settings.tokenizer_codes, settings.tokenizer_steps, 0, work.folder / "model", work.device
     )

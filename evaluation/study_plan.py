@@ -47,6 +47,23 @@ DEFAULT_WORLD = "tabletop"
 
 
 @dataclass(frozen=True)
+class Machine:
+    """
+    What jobs are done on; no part of what a job is.
+
+    Args:
+        device: That models are trained and played on.
+        simulators: Processes in which a job records and plays, in a world whose simulator is slow or may crash.
+    """
+
+    device: str = "cpu"
+    simulators: int = 1
+
+
+ONE_CPU = Machine()
+
+
+@dataclass(frozen=True)
 class Job:
     """
     A piece of work whose result is a folder.
@@ -202,4 +219,4 @@ class Plan:
         jobs["pretrain"] = self._add("pretrain", where, settings, inputs, seed=seed, targets=method.targets)
 
 
-__all__ = ["Entry", "Job", "Plan"]
+__all__ = ["ONE_CPU", "Entry", "Job", "Machine", "Plan"]

@@ -8,7 +8,6 @@ from lapa.evaluation.demo_settings import EVALUATION_SEEDS
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
 from lapa.evaluation.policies import DECODER_FOLDER, UNIPI, NamedPolicy, open_policy
 from lapa.evaluation.study_work import Work
-from lapa.evaluation.study_worlds import World
 from lapa.evaluation.suites import Suite
 
 # Start states beyond every other's.
@@ -29,10 +28,12 @@ def _is_unipi(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == UNIPI
 
 
-def _play(world: World, policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Evaluation:
-    # One process of its own where the simulator may crash: each job has one core.
-    processes = min(1, suite.num_processes())
-    settings = EvaluationSettings(num_environments=world.side_by_side, num_processes=processes, num_shown=num_shown)
+def _play(work: Work, policy: NamedPolicy, suite: Suite, folder: Path, num_shown: int) -> Evaluation:
+    # A simulator that may crash has processes of its own.
+    processes = work.machine.simulators if suite.num_processes() else 0
+    settings = EvaluationSettings(
+        num_environments=work.world.side_by_side, num_processes=processes, num_shown=num_shown
+    )
     evaluation = Evaluation(suite, policy, folder, settings)
     evaluation.run()
     return evaluation
@@ -52,7 +53,7 @@ def choose(work: Work) -> dict[str, Any]:
     for role in roles:
         for temperature in work.settings.temperatures:
             name = f"{role}-temperature-{temperature:g}"
-            report = _play(work.world, _open(work, role, temperature), suite, work.folder / name, 0).report()
+            report = _play(work, _open(work, role, temperature), suite, work.folder / name, 0).report()
             successes[name], options[name] = report["groups"][split]["successes"], (role, temperature)
     best = max(successes, key=lambda name: successes[name])  # the first of equals
     return {"policy": options[best][0], "temperature": options[best][1], "successes": successes}
@@ -68,7 +69,7 @@ def play(work: Work) -> dict[str, Any]:
     else:
         chosen = work.result("choose")
         policy = _open(work, chosen["policy"], chosen["temperature"])
-    report = _play(work.world, policy, suite, work.folder / "evaluation", 1).report()
+    report = _play(work, policy, suite, work.folder / "evaluation", 1).report()
     return {"cells": report["cells"]}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lapa.data.atomic_files import write_atomically
-from lapa.evaluation.study_plan import Job, Plan
+from lapa.evaluation.study_plan import ONE_CPU, Job, Machine, Plan
 
 DONE, ERROR, LOG = "done.json", "error.txt", "log.txt"
 
@@ -54,7 +54,7 @@ def _start_worker() -> None:
     logging.disable_progress_bar()
 
 
-def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], device: str) -> None:
+def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], machine: Machine) -> None:
     """In a worker: one job, from what an interrupted run left of it."""
     from lapa.evaluation.study_jobs import JOBS
     from lapa.evaluation.study_work import Work
@@ -64,7 +64,7 @@ def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[st
     with (folder / LOG).open("a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                result = JOBS[kind](Work.of(folder, settings, inputs, device))
+                result = JOBS[kind](Work.of(folder, settings, inputs, machine))
             except BaseException:
                 write_atomically(folder / ERROR, traceback.format_exc().encode())
                 raise
@@ -84,11 +84,11 @@ class Runner:
         plan: What is to be done.
         stages: Folder of the jobs' results; several studies may share it, one at a time.
         num_workers: Jobs done at a time, each on one core.
-        device: That models are trained and played on.
+        machine: What they are done on.
     """
 
-    def __init__(self, plan: Plan, stages: Path, num_workers: int, device: str = "cpu") -> None:
-        self.plan, self.stages, self.num_workers, self.device = plan, stages, num_workers, device
+    def __init__(self, plan: Plan, stages: Path, num_workers: int, machine: Machine = ONE_CPU) -> None:
+        self.plan, self.stages, self.num_workers, self.machine = plan, stages, num_workers, machine
         self.failed: dict[str, str] = {}
 
     def finished(self, job: Job) -> bool:
@@ -128,7 +128,7 @@ class Runner:
                             break  # alone, so that it harms none, and is known if it was the one
                         waiting.remove(job)
                         inputs = {role: self.stages / key for role, key in job.inputs.items()}
-                        arguments = (self.stages / job.key, job.kind, job.settings, inputs, self.device)
+                        arguments = (self.stages / job.key, job.kind, job.settings, inputs, self.machine)
                         try:
                             running[executor.submit(_do, *arguments)] = job
                         except BrokenProcessPool:  # since the last look at it

@@ -14,7 +14,7 @@ from lapa.data.atomic_files import atomic_file
 from lapa.evaluation import demo_stages as stages
 from lapa.evaluation.demo_tokenizer import build_tokenizer
 from lapa.evaluation.study import StudySettings
-from lapa.evaluation.study_plan import DEFAULT_WORLD
+from lapa.evaluation.study_plan import DEFAULT_WORLD, ONE_CPU, Machine
 from lapa.evaluation.study_worlds import WORLDS, World
 from lapa.modeling_lapa.modeling_lapa_vision_tokenizer import LapaVisionTokenizer
 from lapa.processing.image_processing_lapa import LapaImageProcessor
@@ -32,17 +32,19 @@ class Work:
         settings: Of the study, where the job reads them, defaults elsewhere.
         extra: What a job depends on beside settings (seed, embodiment, ...).
         inputs: Folders of other jobs by role.
-        device: To compute on; no part of what a job is.
+        machine: To compute on; no part of what a job is.
     """
 
     folder: Path
     settings: StudySettings
     extra: Mapping[str, Any]
     inputs: Mapping[str, Path]
-    device: str = "cpu"
+    machine: Machine = ONE_CPU
 
     @classmethod
-    def of(cls, folder: Path, values: Mapping[str, Any], inputs: Mapping[str, Path], device: str = "cpu") -> "Work":
+    def of(
+        cls, folder: Path, values: Mapping[str, Any], inputs: Mapping[str, Path], machine: Machine = ONE_CPU
+    ) -> "Work":
         """From a job's settings."""
         names = {entry.name: entry.default for entry in fields(StudySettings)}
         known = {
@@ -51,7 +53,12 @@ class Work:
             if name in names
         }
         extra = {name: value for name, value in values.items() if name not in names}
-        return cls(folder, StudySettings(**known), extra, inputs, device)
+        return cls(folder, StudySettings(**known), extra, inputs, machine)
+
+    @property
+    def device(self) -> str:
+        """To compute on."""
+        return self.machine.device
 
     @property
     def world(self) -> World:
@@ -110,7 +117,9 @@ class Work:
 
     def schedule(self, steps: int, learning_rate: float) -> dict[str, Any]:
         """Training arguments of a policy, which is written to `folder / "model"`."""
-        return stages.schedule(steps, learning_rate, self.seed, self.folder / "model", self.device)
+        # On a GPU as one trains there: a large trunk in fp32 would take several times as long.
+        bf16 = self.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        return stages.schedule(steps, learning_rate, self.seed, self.folder / "model", self.device) | {"bf16": bf16}
 
 
 def quantizer_codes(work: Work, recording: stages.Recording) -> Any:

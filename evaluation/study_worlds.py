@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lapa.evaluation import demo_stages as stages
 from lapa.evaluation.demo_tokenizer import simulator_words
+from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.metaworld import CONTROL_FREQUENCY, INSTRUCTIONS, MetaWorldEvaluation
 from lapa.evaluation.environments.tabletop import CONTROL_FREQUENCY as TABLETOP_FREQUENCY
 from lapa.evaluation.environments.tabletop_embodiments import EMBODIMENTS
@@ -19,6 +20,9 @@ from lapa.evaluation.suites import Cell, Suite
 
 if TYPE_CHECKING:
     from lapa.evaluation.study import StudySettings
+
+# Episodes that a process records side by side: while one starts, which takes long, the others do not wait for it alone.
+RECORDED_PER_PROCESS = 4
 
 
 class World(ABC):
@@ -65,8 +69,12 @@ class World(ABC):
         first_seed: int,
         embodiment: str,
         with_actions: bool,
+        num_processes: int = 1,
     ) -> stages.Recording:
-        """Episodes of the expert: `episodes[family]` of each family, from consecutive seeds."""
+        """
+        Episodes of the expert: `episodes[family]` of each family, from consecutive seeds. They do not depend on the number
+        of processes, which a fast simulator may ignore.
+        """
 
     @abstractmethod
     def suite(
@@ -106,8 +114,9 @@ class Tabletop(World):
         first_seed: int,
         embodiment: str,
         with_actions: bool,
+        num_processes: int = 1,
     ) -> stages.Recording:
-        """See `World.record`."""
+        """See `World.record`; a recording of thousands takes half a minute in one process."""
         return stages.record(settings, dict(episodes), first_seed, embodiment, with_actions)
 
     def suite(
@@ -155,15 +164,15 @@ class MetaWorld(World):
         first_seed: int,
         embodiment: str,
         with_actions: bool,
+        num_processes: int = 1,
     ) -> stages.Recording:
         """See `World.record`."""
-        jobs = [family for family, count in episodes.items() for _ in range(count)]
-        with MetaWorldEvaluation(**self._options(settings)) as environment:
-            recorded = [
-                record_expert(environment, family, first_seed + number, settings.expert_noise)
-                for number, family in enumerate(tqdm(jobs, desc="recording", unit="episode"))
-            ]
-        return _join(recorded, with_actions)
+        families = [family for family, count in episodes.items() for _ in range(count)]
+        starts = [(family, first_seed + number) for number, family in enumerate(families)]
+        make = partial(MetaWorldEvaluation, **self._options(settings))
+        size, processes = (1, 0) if num_processes == 1 else (RECORDED_PER_PROCESS * num_processes, num_processes)
+        with EnvironmentPool(make, size, processes) as pool:
+            return _join(record_expert(pool, starts, settings.expert_noise), with_actions)
 
     def suite(
         self, settings: "StudySettings", name: str, splits: tuple[str, ...], rollouts: int, first_seed: int

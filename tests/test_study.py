@@ -12,9 +12,10 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
 from lapa.configuration.configuration_lapa import LapaConfig
-from lapa.evaluation import study_jobs, study_playing, study_runner, study_worlds
+from lapa.evaluation import evaluate_cli, study_cli, study_jobs, study_playing, study_runner, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
-from lapa.evaluation.study_plan import READS, Plan
+from lapa.evaluation.study_checks import check_models
+from lapa.evaluation.study_plan import READS, Machine, Plan
 from lapa.evaluation.study_report import COLOURS, markdown, table_rows, write_study_report
 from lapa.evaluation.study_runner import DONE, Runner, locked
 from lapa.evaluation.study_table import Results, study_report, trends
@@ -52,6 +53,11 @@ def write(folder, **changes):
     return str(path)
 
 
+def arguments(folder, suite, *more):
+    """Of `lapa evaluate`."""
+    return evaluate_cli.make_parser().parse_args(["--suite", suite, "--output", str(folder / "out"), *more])
+
+
 def jobs_of(plan, method, column="in-domain"):
     """Jobs of the first training of a method."""
     return next(entry.jobs for entry in plan.entries if (entry.method, entry.column) == (method, column))
@@ -59,7 +65,9 @@ def jobs_of(plan, method, column="in-domain"):
 
 @pytest.mark.parametrize("name", study_names())
 def test_every_study_of_the_package_loads_and_plans(name):
-    plan = Plan(load_study(name))
+    study = load_study(name)
+    check_models(study)
+    plan = Plan(study)
     assert plan.entries
     for job in plan.jobs.values():
         assert set(job.inputs.values()) <= set(plan.jobs)
@@ -125,7 +133,7 @@ def test_a_study_in_metaworld_runs(tmp_path):
     columns = {"in-domain": {"video": "sawyer", "labelled": "all"}}
     study = load_study(write(tmp_path, world="metaworld", settings=settings, columns=columns, methods=["vpt", "lapa"]))
     plan = Plan(study)
-    runner = Runner(plan, tmp_path / "stages", 2)
+    runner = Runner(plan, tmp_path / "stages", 2, Machine(simulators=2))
     runner.run()
     assert runner.failed == {}
     report = write_study_report(plan, tmp_path / "stages", tmp_path / "out")
@@ -135,9 +143,26 @@ def test_a_study_in_metaworld_runs(tmp_path):
     assert len(tokenizers) == 1
 
 
-def test_a_name_that_is_a_suite_too_plays_the_policy_that_is_given(monkeypatch, tmp_path):
-    from lapa.evaluation import evaluate_cli, study_cli
+def test_models_that_cannot_be_are_named_before_anything_is_done(tmp_path):
+    quantizer = write(tmp_path, points={"patch": [{"value": 8, "settings": {"quantizer_options": {"patch_size": 5}}}]})
+    message = r"study tiny: method 'lapa' at patch = 8 cannot be: `image_size` \(32\) is not a multiple of `patch_size` \(5\)"
+    with pytest.raises(ValueError, match=message):
+        study_cli.run_study(arguments(tmp_path, quantizer))
+    trunk = write(tmp_path, settings=TINY | {"num_heads": 7})
+    with pytest.raises(
+        ValueError, match=r"method 'scratch' cannot be: The hidden size \(96\) is not a multiple of .* \(7\)"
+    ):
+        study_cli.run_study(arguments(tmp_path, trunk))
+    assert not (tmp_path / "out").exists()
 
+
+@pytest.mark.parametrize("name", ["jobs", "simulators"])
+def test_a_number_of_processes_below_one_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        study_cli.run_study(arguments(tmp_path, write(tmp_path), f"--{name}", "0"))
+
+
+def test_a_name_that_is_a_suite_too_plays_the_policy_that_is_given(monkeypatch, tmp_path):
     done = []
     monkeypatch.setattr(study_cli, "run_study", lambda args: done.append("study") or 0)
     monkeypatch.setattr(evaluate_cli, "_evaluate", lambda args: done.append("suite") or 0)
