@@ -12,8 +12,8 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(VENV)/.installed  ## the three stages and closed loop in the simulator; report in outputs/demo
 	$(BIN)/lapa demo --output $(OUTPUT) $(ARGS)
 
-test: $(VENV)/.installed  ## the default tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed  ## the default tests, a process per core
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)

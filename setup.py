@@ -73,6 +73,7 @@ EXTRAS["dev"] = [
     "playwright",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "types-PyYAML",
     "wheel",

@@ -116,6 +116,12 @@ METHODS = {
     "lapa-cross-attention": Method(
         "LAPA, cross-attention injection", "codes", {"action_injection": "cross_attention"}
     ),
+    "lapa-cross-attention-decoder": Method(
+        "LAPA, cross-attention injection, codes decoded",
+        "codes",
+        {"action_injection": "cross_attention"},
+        decode_codes=True,
+    ),
     "lapa-vq": Method("LAPA, plain VQ", "codes", {"quantizer": "vq"}),
     "lapa-no-stop-gradient": Method("LAPA, first frame not detached", "codes", {"stop_gradient_first_frame": False}),
     "lapa-keep-latent-head": Method("LAPA, latent head kept", "codes", keep_latent_head=True),

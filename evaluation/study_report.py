@@ -20,6 +20,7 @@ COLOURS = {
     "lapa": "#3366aa",
     "lapa-decoder": "#88bbee",
     "lapa-cross-attention": "#c44e52",
+    "lapa-cross-attention-decoder": "#e79fa2",
     "lapa-vq": "#ccb974",
     "lapa-no-stop-gradient": "#64b5cd",
     "lapa-keep-latent-head": "#8c613c",
