@@ -60,7 +60,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     if not report["complete"]:
-        lines += [f"**Not complete**: {len(report['missing'])} trainings are not played yet.", ""]
+        lines += [f"**Not complete**: {len(report['missing'])} trainings are not played.", ""]
+    if report["failed"]:
+        lines += [*(f"- failed: {label}: {error}" for label, error in report["failed"].items()), ""]
     lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in table_rows(report):
         cells = [percent(entry["cell"]["over_seeds"], "value") if entry["cell"] else "" for entry in row["cells"]]

@@ -28,6 +28,14 @@ def result_of(stages: Path, key: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def error_of(stages: Path, key: str) -> str | None:
+    """What a job failed with, as one line; None if it did not."""
+    path = stages / key / ERROR
+    if result_of(stages, key) is not None or not path.is_file():
+        return None
+    return (path.read_text(encoding="utf-8").strip().splitlines() or ["its process died"])[-1]
+
+
 @contextlib.contextmanager
 def locked(stages: Path) -> Iterator[None]:
     """
@@ -163,4 +171,4 @@ class Runner:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-__all__ = ["Runner", "locked", "result_of"]
+__all__ = ["Runner", "error_of", "locked", "result_of"]

@@ -17,7 +17,7 @@ from lapa.evaluation.statistics import (
 )
 from lapa.evaluation.study import METHODS, Study
 from lapa.evaluation.study_plan import Entry, Plan
-from lapa.evaluation.study_runner import result_of
+from lapa.evaluation.study_runner import error_of, result_of
 
 # What a stage reports of itself, by the role of its job: number, and how readers call it.
 DIAGNOSIS = {
@@ -51,12 +51,15 @@ class Results:
     Attributes:
         outcomes: Per method, column and point the outcomes of every finished training seed, by cell of the suite.
         missing: Labels of trainings that are not played yet.
+        failed: What jobs failed with, by label.
     """
 
     def __init__(self, plan: Plan, stages: Path) -> None:
         self.plan, self.study, self.stages = plan, plan.study, stages
         self.outcomes: dict[Key, dict[int, Outcomes]] = {}
         self.missing: list[str] = []
+        errors = {job.label: error_of(stages, job.key) for job in plan.jobs.values()}
+        self.failed = {label: error for label, error in errors.items() if error is not None}
         self.entries: dict[Key, list[Entry]] = {}
         for entry in plan.entries:
             key = (entry.method, entry.column, point_name(entry))
@@ -233,6 +236,7 @@ def study_report(plan: Plan, stages: Path) -> dict[str, Any]:
         "title": study.title,
         "complete": not results.missing,
         "missing": results.missing,
+        "failed": results.failed,
         "seeds": list(study.seeds),
         "rollouts_per_cell_and_seed": study.settings.rollouts_per_family * len(study.settings.families),
         "families": list(study.settings.families),

@@ -324,6 +324,9 @@ def test_a_failure_costs_what_depends_on_it(tmp_path):
     assert set(report["cells"]) == {"scratch/in-domain/seen"}
     assert report["cells"]["scratch/in-domain/seen"]["rollouts"] == 4
     assert report["missing"] == ["lapa in-domain seed 1"]
+    (error,) = report["failed"].values()
+    assert list(report["failed"]) == [failed]
+    assert "action_injection" in error and f"- failed: {failed}: {error}" in markdown(report)
     assert report["expert"]["seen"]["success"] == 1.0
     assert report["do_nothing"]["seen"]["success"] == 0.0
     assert report["random"]["seen"]["rollouts"] == 4
