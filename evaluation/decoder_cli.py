@@ -89,7 +89,6 @@ def main(
     results = args.output / DECODER_FOLDER / RESULTS_NAME
     rows = json.loads(results.read_text(encoding="utf-8"))["results"] if results.is_file() else []
     print(f"{len(codes)} steps of {len(np.unique(episode))} episodes, {actions.shape[1]}-dimensional actions")
-    results = args.output / DECODER_FOLDER / RESULTS_NAME
     for row in rows:
         print(
             f"R2 on {row['episodes']} held-out episodes: {row['value']:.3f} (from true codes, mean of the dimensions that vary)"

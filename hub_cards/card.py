@@ -134,6 +134,7 @@ def render_card(
     options: CardOptions,
     name: str,
     has_processor: bool,
+    has_decoder: bool = False,
 ) -> ModelCard:
     """
     Renders the card of a model folder.
@@ -147,6 +148,7 @@ def render_card(
         options (`CardOptions`): What the author says.
         name (`str`): Repository or folder that the snippets load.
         has_processor (`bool`): Whether processor and pipeline are exported too.
+        has_decoder (`bool`): Whether a decoder from codes to actions is.
 
     Raises:
         ValueError: A recorded file that is not what it should be.
@@ -165,6 +167,7 @@ def render_card(
         options,
         name,
         has_processor=has_processor,
+        has_decoder=has_decoder,
         unnorm_keys=unnorm_keys,
         key_argument=key_argument,
         action_shape=_action_shape(model_config),

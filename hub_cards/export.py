@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.hub_cards.card import CardOptions, render_card
+from lapa.evaluation.policies import DECODER_FOLDER, LATENT_DECODER
+from lapa.hub_cards.card import RESULTS_NAME, CardOptions, render_card
 from lapa.hub_cards.checkpoint import Weights, read_json, read_weights, write_json
 from lapa.hub_cards.remote_code import collect_modules, module_path
 
 PROCESSOR_MODULES = ("lapa.processing.processing_lapa", "lapa.modeling_lapa.pipeline_robot_action")
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.model")
+# Beside weights and config of an action decoder, where they are there.
+DECODER_EXTRAS = ("README.md", RESULTS_NAME)
 FINETUNING_SCRIPT = "lapa.hub_cards.finetune"
 CUSTOM_PIPELINES = {
     "robot-action": {
@@ -81,7 +84,7 @@ def export(model_dir: str | Path, output: str | Path, options: CardOptions | Non
         options (`CardOptions`, *optional*): Licence, data sets and name for the model card.
 
     Returns:
-        `output`
+        `output`. The decoder of a latent-pretrained model that acts by one comes along as it is, in `action_decoder/`.
 
     Raises:
         ValueError: An output that exists, or a folder that is no whole model, named by what it lacks.
@@ -92,10 +95,15 @@ def export(model_dir: str | Path, output: str | Path, options: CardOptions | Non
     has_processor = config["model_type"] == "lapa" and (source / PROCESSOR_FILES[0]).is_file()
     options = options or CardOptions()
     name = options.repo_id or target.resolve().name
-    card = render_card(source, architecture, config, weights, options, name, has_processor)
+    decoder = _read_decoder(source / DECODER_FOLDER, architecture)
+    card = render_card(source, architecture, config, weights, options, name, has_processor, decoder is not None)
     with _staged(target) as folder:
         for file in weights.files:
             _link_or_copy(source / file, folder / file)
+        if decoder is not None:
+            (folder / DECODER_FOLDER).mkdir()
+            for file in decoder:
+                _link_or_copy(source / DECODER_FOLDER / file, folder / DECODER_FOLDER / file)
         write_json(folder / "config.json", _hub_config(config, kind, architecture, has_processor))
         modules = kind.modules
         if config["model_type"] == "lapa":
@@ -188,14 +196,26 @@ def _read_model(source: Path) -> tuple[ModelKind, dict[str, Any], Weights]:
         raise ValueError(
             f"{source / 'config.json'} has `architectures` {found}; accepted: one of {', '.join(kind.architectures)}."
         )
-    if (source / "action_decoder").is_dir():
-        raise ValueError(
-            f"`model` {source} has an action decoder, which is no part of an export: export the latent-pretrained model that it "
-            "was made from, and upload `action_decoder/` beside it."
-        )
     if (source / "adapter_config.json").is_file():
         raise ValueError(f"`model` {source} holds an adapter: merge it into its base model first.")
     return kind, {**config, "architectures": found}, read_weights(source)
+
+
+def _read_decoder(folder: Path, architecture: str) -> list[str] | None:
+    """Files of the action decoder of a model, None where it has none; that one loads where `lapa` is installed."""
+    if not folder.is_dir():
+        return None
+    model_type = read_json(folder / "config.json").get("model_type")
+    if architecture != "LapaForLatentAction" or model_type != LATENT_DECODER:
+        raise ValueError(
+            f"{folder} must be the action decoder (`model_type` {LATENT_DECODER!r}) of a LapaForLatentAction, got {model_type!r} "
+            f"beside a {architecture}."
+        )
+    return [
+        "config.json",
+        *read_weights(folder).files,
+        *(name for name in DECODER_EXTRAS if (folder / name).is_file()),
+    ]
 
 
 def _hub_config(config: dict[str, Any], kind: ModelKind, architecture: str, has_processor: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tiny model folders, images and a process without `lapa`, for the tests of pipeline and export."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -98,3 +99,19 @@ def run_without(hidden: tuple[str, ...], code: str, cwd: Path, *arguments: str) 
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def cached_repository(cache: Path, repo: str, files: dict[str, Path]) -> Path:
+    """A Hub cache as huggingface_hub leaves it: blobs by checksum, links in a snapshot."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("0" * 40)
+    for folder in (root / "blobs", root / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    for name, source in files.items():
+        content = source.read_bytes()
+        blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    return root

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flax_files import write_stream
+from hub_folders import cached_repository
 from shared_files import shared_path
 from tiny_checkpoints import TINY_CONFIG, tiny_arrays
 
@@ -66,21 +67,6 @@ def test_command_line_converts_quantizer_and_vision_tokenizer(tmp_path):
     run_cli("vision-tokenizer", "--checkpoint", shared_path("fixtures/e2e/vqgan.pkl"), "--output", tmp_path / "v")
     assert LapaQuantizer.from_pretrained(tmp_path / "q").dtype == torch.bfloat16
     assert LapaVisionTokenizer.from_pretrained(tmp_path / "v").config.codebook_size == 512
-
-
-def cached_repository(cache: Path, repo: str, files: dict[str, Path]) -> Path:
-    """A Hub cache as huggingface_hub leaves it: blobs by checksum, links in a snapshot."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / ("0" * 40)
-    for folder in (root / "blobs", root / "refs", snapshot):
-        folder.mkdir(parents=True)
-    (root / "refs" / "main").write_text("0" * 40)
-    for name, source in files.items():
-        content = source.read_bytes()
-        blob = root / "blobs" / hashlib.sha256(content).hexdigest()
-        blob.write_bytes(content)
-        (snapshot / name).symlink_to(blob)
-    return root
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hub_folders import (
     NOT_NEEDED,
+    cached_repository,
     picture,
     policy_config,
     run_without,
@@ -22,6 +23,10 @@ from transformers import pipeline
 
 import lapa.cli
 from lapa import LapaForActionPrediction, LapaQuantizer, LapaVisionTokenizer
+from lapa.evaluation.baselines.configuration_latent_decoder import LatentActionDecoderConfig
+from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
+from lapa.evaluation.baselines.latent_decoder_policy import LatentDecoderPolicy
+from lapa.evaluation.policies import open_policy
 from lapa.hub_cards.card import CardOptions
 from lapa.hub_cards.export import export, push_to_hub
 from lapa.hub_cards.remote_code import flatten_source
@@ -307,9 +312,38 @@ def test_flatten_source():
             flatten_source(line + "\n", "m")
 
 
-def test_a_folder_with_an_action_decoder_is_not_exported_without_it(tmp_path):
+def test_an_action_decoder_comes_along_and_acts_from_the_hub(tmp_path, monkeypatch):
     model = save_policy(tmp_path / "policy", "latent")
+    decoder = LatentActionDecoder(LatentActionDecoderConfig(action_dim=2, embedding_size=8, mlp_hidden_size=8))
+    decoder.save_pretrained(model / "action_decoder")
+    (model / "action_decoder" / "README.md").write_text("of two arms", encoding="utf-8")
+    (model / "action_decoder" / "optimizer.pt").write_bytes(b"left over by training")
+    out = export(model, tmp_path / "out")
+    assert {path.name for path in (out / "action_decoder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert "LatentDecoderPolicy.from_pretrained" in (out / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    cached_repository(tmp_path / "cache", "someone/decoded", files)
+    images, sentences = [picture()], ["push the red block"]
+    expected = LatentDecoderPolicy.from_pretrained(model).act(images, sentences)
+    opened = open_policy("someone/decoded", 2, device="cpu")
+    assert np.array_equal(opened.controller.policy.act(images, sentences), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "message"),
+    [("latent", "bert", "got 'bert' beside a LapaForLatentAction"),
+     ("action", "lapa_latent_action_decoder", "got 'lapa_latent_action_decoder' beside a LapaForActionPrediction")],
+)  # fmt: skip
+def test_what_is_no_decoder_of_codes_is_refused(tmp_path, kind, model_type, message):
+    model = save_policy(tmp_path / "policy", kind)
     (model / "action_decoder").mkdir()
-    with pytest.raises(ValueError, match="has an action decoder, which is no part of an export"):
+    (model / "action_decoder" / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
         export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
