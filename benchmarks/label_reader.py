@@ -23,7 +23,7 @@ from PIL import Image
 from lapa.data.encoded_frames import EncodedFrames
 from lapa.data.episode_source import EpisodeSource, OnError, SourceShard, raise_error
 from lapa.data.folders import VideoFolderSource
-from lapa.data.label_table import LabelUnit
+from lapa.data.label_manifest import LabelUnit
 from lapa.data.mixture import FramePairSource
 from lapa.data.schema import Episode
 from lapa.training.label_reader import ReaderOptions, UnitReader

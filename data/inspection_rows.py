@@ -17,15 +17,8 @@ from lapa.data.inspection import Inspection, InspectOptions, Progress, no_progre
 from lapa.data.inspection_totals import MAX_LISTED, Reasons, instruction_totals, number_totals
 from lapa.data.jsonl import published_target, read_rows
 from lapa.data.label_checks import MAX_GROUP_BYTES, check_table
-from lapa.data.label_table import (
-    DATA_FOLDER,
-    MANIFEST,
-    UNIT_FILE,
-    LabelManifest,
-    LabelSettings,
-    label_schema,
-    open_tree,
-)
+from lapa.data.label_manifest import DATA_FOLDER, MANIFEST, LabelManifest, LabelSettings, open_tree
+from lapa.data.label_table import UNIT_FILE, label_schema
 from lapa.data.labelled_stream import decode_stored_image
 from lapa.data.number_summary import NumberSummary
 from lapa.data.parquet_rows import BUFFER_BYTES, parquet_errors

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from lapa.configuration.configuration_lapa import LapaConfig
-    from lapa.data.label_table import LabelFolder, LabelSettings
+    from lapa.data.label_manifest import LabelSettings
+    from lapa.data.label_table import LabelFolder
 
 COLUMNS = ("episode_id", "source", "unnorm_key", "latent_action_codes", "action")
 
@@ -59,8 +60,8 @@ def main(
     from lapa.evaluation.baselines.latent_decoder_policy import POLICY, write_latent_decoder_policy
     from lapa.evaluation.baselines.latent_decoder_training import LatentDecoderSettings, train_latent_decoder
     from lapa.evaluation.baselines.training import Schedule
-    from lapa.evaluation.policies import DECODER_FOLDER
     from lapa.hub_cards.card import RESULTS_NAME
+    from lapa.hub_cards.checkpoint import DECODER_FOLDER
 
     training = LatentDecoderSettings(
         Schedule(args.steps, args.batch_size, args.learning_rate, weight_decay=0.01),

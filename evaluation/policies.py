@@ -17,13 +17,11 @@ from lapa.evaluation.rollout import (
     RandomActions,
     StillController,
 )
+from lapa.hub_cards.checkpoint import DECODER_FOLDER, LATENT_DECODER
 
 EXPERT, DO_NOTHING, RANDOM = "expert", "do_nothing", "random"
 # `model_type` of folders that hold no finetuned model of ours.
 UNIPI, INVERSE_DYNAMICS = "lapa_video_diffusion", "lapa_inverse_dynamics"
-LATENT_DECODER = "lapa_latent_action_decoder"
-# Of the action decoder in a latent-pretrained model's folder.
-DECODER_FOLDER = "action_decoder"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 from lapa.evaluation.demo_settings import EVALUATION_SEEDS
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings
-from lapa.evaluation.policies import DECODER_FOLDER, UNIPI, NamedPolicy, open_policy
+from lapa.evaluation.policies import UNIPI, NamedPolicy, open_policy
 from lapa.evaluation.study_work import Work
 from lapa.evaluation.suites import Suite
+from lapa.hub_cards.checkpoint import DECODER_FOLDER
 
 # Start states beyond every other's.
 VALIDATION_SEEDS = 500_000_000

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# The action decoder in a latent-pretrained model's folder, and its `model_type`.
+DECODER_FOLDER, LATENT_DECODER = "action_decoder", "lapa_latent_action_decoder"
 
 
 @dataclass(frozen=True)

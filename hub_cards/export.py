@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.evaluation.policies import DECODER_FOLDER, LATENT_DECODER
 from lapa.hub_cards.card import RESULTS_NAME, CardOptions, render_card
-from lapa.hub_cards.checkpoint import Weights, read_json, read_weights, write_json
+from lapa.hub_cards.checkpoint import DECODER_FOLDER, LATENT_DECODER, Weights, read_json, read_weights, write_json
 from lapa.hub_cards.remote_code import collect_modules, module_path
 
 PROCESSOR_MODULES = ("lapa.processing.processing_lapa", "lapa.modeling_lapa.pipeline_robot_action")

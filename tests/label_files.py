@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from video_files import moving_frames
 
-from lapa.data.label_table import LabelManifest, LabelSettings, SourceSettings, label_schema, unit_file
+from lapa.data.label_manifest import LabelManifest, LabelSettings, SourceSettings, unit_file
+from lapa.data.label_table import label_schema
 
 
 def label_settings(num_units: int, row_group_rows: int = 4, **changes: Any) -> LabelSettings:

@@ -10,7 +10,8 @@ import pytest
 from label_files import label_rows, label_settings, write_label_folder
 
 from lapa.data.file_tree import FileTree
-from lapa.data.label_table import LabelFolder, LabelManifest
+from lapa.data.label_manifest import LabelManifest
+from lapa.data.label_table import LabelFolder
 from lapa.data.schema import ReadError
 
 COLUMNS = ("instruction", "latent_action_codes", "image")

@@ -11,7 +11,8 @@ from label_processes import contents, make_clips, run_label, start_label
 from tiny_models import TINY_VISION_TOKENIZER, build
 
 from lapa import LapaVisionTokenizer, LapaVisionTokenizerConfig
-from lapa.data.label_table import LabelFolder, LabelManifest
+from lapa.data.label_manifest import LabelManifest
+from lapa.data.label_table import LabelFolder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from shared_files import shared_path
 from tiny_models import TINY_VISION_TOKENIZER, build
 
 from lapa import LapaForLatentAction, LapaVisionTokenizer, LapaVisionTokenizerConfig
-from lapa.data.label_table import LabelFolder, LabelManifest, LabelSettings, label_schema
+from lapa.data.label_manifest import LabelManifest, LabelSettings
+from lapa.data.label_table import LabelFolder, label_schema
 from lapa.data.rlds import RldsSource
 from lapa.training import label_script, scripts
 from lapa.training.label_vision import hash_vision_tokenizer, load_vision_tokenizer

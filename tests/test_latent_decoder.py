@@ -17,7 +17,8 @@ from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
 from lapa.evaluation.baselines.latent_decoder_policy import LatentDecoderPolicy, write_latent_decoder_policy
 from lapa.evaluation.baselines.latent_decoder_training import LatentDecoderSettings, train_latent_decoder
 from lapa.evaluation.baselines.training import Schedule
-from lapa.evaluation.policies import DECODER_FOLDER, open_policy
+from lapa.evaluation.policies import open_policy
+from lapa.hub_cards.checkpoint import DECODER_FOLDER
 
 CONFIG = LatentActionDecoderConfig(action_dim=2, embedding_size=8, mlp_hidden_size=32)
 SETTINGS = LatentDecoderSettings(Schedule(300, 64, 1e-2, num_checkpoints=2))

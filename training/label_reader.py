@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lapa.data.encoded_frames import EncodedFrames
 from lapa.data.episode_source import EpisodeSource, raise_error
 from lapa.data.frame_pairs import PAIRS_PER_READ, open_pairs, resize_frame, seconds_between
-from lapa.data.label_table import MAX_REASONS, LabelCounts, LabelUnit
+from lapa.data.label_manifest import MAX_REASONS, LabelCounts, LabelUnit
 from lapa.data.mixture import FramePairSource
 from lapa.data.pair_filters import FrameSummary, dropped_by
 from lapa.data.read_counts import NO_INSTRUCTION, UNREADABLE

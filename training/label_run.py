@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lapa.data.atomic_files import create_atomically, remove_stale, write_atomically
 from lapa.data.episode_source import SkippedEpisodes
-from lapa.data.label_table import (
+from lapa.data.label_manifest import (
     CARD,
     COUNTS_FOLDER,
     DATA_FOLDER,
@@ -29,10 +29,9 @@ from lapa.data.label_table import (
     LabelSettings,
     LabelUnit,
     SourceSettings,
-    present_units,
-    read_unit_record,
     unit_file,
 )
+from lapa.data.label_table import present_units, read_unit_record
 from lapa.data.mixture import FramePairSource
 from lapa.data.read_counts import UNREADABLE
 from lapa.data.rlds import RldsSource

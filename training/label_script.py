@@ -11,7 +11,7 @@ from lapa.training.script_arguments import LabelArguments
 from lapa.training.script_tools import check_checkpoint
 
 if TYPE_CHECKING:
-    from lapa.data.label_table import LabelManifest, LabelSettings
+    from lapa.data.label_manifest import LabelManifest, LabelSettings
     from lapa.data.mixture import FramePairSource
     from lapa.training.label_run import Labeller, PairEncoder
 
@@ -130,7 +130,7 @@ def _settings(
     vision_hash: str | None,
     num_image_tokens: int | None,
 ) -> "LabelSettings":
-    from lapa.data.label_table import ROW_GROUP_ROWS, LabelSettings
+    from lapa.data.label_manifest import ROW_GROUP_ROWS, LabelSettings
     from lapa.training.label_latent_actions import hash_weights
     from lapa.training.label_run import package_versions, plan_units, source_settings
 
@@ -175,7 +175,8 @@ def _name(script_args: LabelArguments) -> str:
 
 def _finish(script_args: LabelArguments, labeller: "Labeller", card: Any, is_main: bool, worked: bool) -> None:
     """Completes the folder if this process is the last to come to its end, and uploads it."""
-    from lapa.data.label_table import LabelManifest, present_units
+    from lapa.data.label_manifest import LabelManifest
+    from lapa.data.label_table import present_units
 
     folder = labeller.folder
     was_complete = LabelManifest.load(folder).complete

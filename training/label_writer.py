@@ -10,13 +10,8 @@ from numpy.typing import NDArray
 
 from lapa.data.atomic_files import commit, partial_path, write_atomically
 from lapa.data.jsonl import PublishedRow, write_latent_rows
-from lapa.data.label_table import (
-    COUNTS_KEY,
-    LabelSettings,
-    counts_path,
-    label_schema,
-    unit_file,
-)
+from lapa.data.label_manifest import LabelSettings, unit_file
+from lapa.data.label_table import COUNTS_KEY, counts_path, label_schema
 
 # Columns with few different values in a row group.
 REPEATED = ("episode_id", "instruction", "embodiment", "unnorm_key", "source")

@@ -17,7 +17,8 @@ from lapa.training.script_tools import (
 
 if TYPE_CHECKING:
     from lapa.configuration.configuration_lapa import LapaConfig
-    from lapa.data.label_table import LabelFolder, LabelManifest
+    from lapa.data.label_manifest import LabelManifest
+    from lapa.data.label_table import LabelFolder
     from lapa.data.labelled_stream import LabelSource
     from lapa.processing.processing_lapa import LapaProcessor
 

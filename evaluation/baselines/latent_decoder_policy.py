@@ -10,7 +10,7 @@ import torch
 
 from lapa.evaluation.baselines.folders import new_folder
 from lapa.evaluation.baselines.latent_decoder import LatentActionDecoder
-from lapa.evaluation.policies import DECODER_FOLDER
+from lapa.hub_cards.checkpoint import DECODER_FOLDER
 from lapa.modeling_lapa.modeling_lapa import LapaForLatentAction
 from lapa.processing.processing_lapa import LapaProcessor
 from lapa.serving.policy import policy_inputs
