@@ -42,9 +42,8 @@ class DemoSettings:
     quantizer_min_perplexity: float = 4.0
     quantizer_min_perplexity_from: int = 600
     quantizer_attempts: int = 3
-    quantizer_options: dict[str, Any] = field(
-        default_factory=dict
-    )  # fields of the quantizer's config, over the demo's
+    # Fields of the quantizer's config, over the demo's; the published injection, see the ablations in `docs/LOG.md`.
+    quantizer_options: dict[str, Any] = field(default_factory=lambda: {"action_injection": "cross_attention"})
 
     hidden_size: int = 96
     num_layers: int = 3

@@ -65,24 +65,29 @@ def horizon_table(errors: Mapping[str, Sequence[NDArray[np.float64]]]) -> list[d
     return table
 
 
-def agreement(predicted: Sequence[bool], actual: Sequence[bool]) -> dict[str, Any]:
+def agreement(predicted: Sequence[bool], actual: Sequence[bool], cells: Sequence[str] | None = None) -> dict[str, Any]:
     """
     How well one list of outcomes tells another.
 
     Args:
         predicted: Judged outcomes.
         actual: Outcomes in the simulator, of the same episodes.
+        cells: Cell of each episode; all are of one where None.
 
     Returns:
         `table` (both solved, only predicted, only actual, neither), `accuracy`, `sensitivity` and `specificity` with Wilson
         intervals (the last two None where there are no such episodes), `balanced_accuracy` with an interval over resampled
-        episodes (None without both outcomes), `majority`: how often the commoner outcome alone is right.
+        episodes (None where no cell has both outcomes), `majority`: how often the commoner outcome alone is right. Balanced
+        accuracy is that within cells, by the weights of Mantel and Haenszel: to know which cell is easy tells nothing of an
+        episode.
     """
     ours, theirs = np.asarray(predicted, dtype=bool), np.asarray(actual, dtype=bool)
     columns = np.stack([ours & theirs, theirs, ~ours & ~theirs, ~theirs], axis=1).astype(float)
+    names, cell = np.unique(["" for _ in ours] if cells is None else list(cells), return_inverse=True)
+    by_cell = columns[:, None, :] * (cell[:, None] == np.arange(len(names)))[:, :, None]
     balanced = None
-    if theirs.any() and not theirs.all():
-        balanced = bootstrap(columns, _balanced, RESAMPLES)
+    if (by_cell.sum(0)[:, [1, 3]] > 0).all(1).any():
+        balanced = bootstrap(by_cell.reshape(len(ours), -1), _balanced, RESAMPLES)
     return {
         "table": {
             "both": int((ours & theirs).sum()),
@@ -99,8 +104,12 @@ def agreement(predicted: Sequence[bool], actual: Sequence[bool]) -> dict[str, An
 
 
 def _balanced(total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From sums (..., 4 x cells) of both, actual, neither, not actual."""
+    both, actual, neither, not_actual = np.moveaxis(total.reshape(*total.shape[:-1], -1, 4), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((total[..., 0] / total[..., 1] + total[..., 2] / total[..., 3]) / 2)
+        weight = np.nan_to_num(actual * not_actual / (actual + not_actual))
+        of_cell = np.nan_to_num((both / actual + neither / not_actual) / 2)
+        return np.asarray((weight * of_cell).sum(-1) / weight.sum(-1))
 
 
 def tells_more_than_chance(found: Mapping[str, Any]) -> bool | None:
@@ -111,18 +120,21 @@ def tells_more_than_chance(found: Mapping[str, Any]) -> bool | None:
     return bool(balanced["ci95"][0] > 0.5)
 
 
-def judge_score(predicted: Sequence[bool | None], actual: Sequence[bool]) -> dict[str, Any]:
+def judge_score(
+    predicted: Sequence[bool | None], actual: Sequence[bool], cells: Sequence[str] | None = None
+) -> dict[str, Any]:
     """
     How well a judge tells success from pictures whose truth is known.
 
     Args:
         predicted: Its word per picture; None, which counts as not solved, where it finds a thing nowhere.
         actual: The truth.
+        cells: See `agreement`.
 
     Returns:
         As `agreement`, and `lost`, the number of None.
     """
-    found = agreement([bool(word) for word in predicted], actual)
+    found = agreement([bool(word) for word in predicted], actual, cells)
     return found | {"lost": sum(word is None for word in predicted)}
 
 

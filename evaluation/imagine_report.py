@@ -158,7 +158,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 NOTES = (
     "A second play is the finetuned policy from the same start with other draws: a world model without error would agree like "
-    "this. Of all cells together some of the agreement is knowing which cell is easy; the rows of single cells leave that out."
+    "this. Of all cells together some of the accuracy is knowing which cell is easy; balanced accuracy is that within cells."
 )
 _HEADER = (
     "| cell | success told by | both solved | only told | only simulator | neither | accuracy | commoner ending alone | "

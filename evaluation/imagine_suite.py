@@ -358,7 +358,8 @@ def summary_of(episodes: Sequence[Compared], judged: Sequence[Compared]) -> dict
 
 def _prediction(episodes: Sequence[Compared], way: str) -> dict[str, Any]:
     words = [episode.predicted[way] for episode in episodes]
-    return measures.judge_score(words, [episode.rollout.success for episode in episodes])
+    outcomes, cells = [episode.rollout.success for episode in episodes], [episode.cell for episode in episodes]
+    return measures.judge_score(words, outcomes, cells)
 
 
 def sentences(pooled: Mapping[str, Any], cells: Mapping[str, Any]) -> list[str]:
@@ -418,7 +419,7 @@ def _prediction_sentence(found: Mapping[str, Any]) -> str:
         None: "All episodes end alike, so whether the last imagined frame tells success cannot be said",
     }[measures.tells_more_than_chance(found)]
     balanced = found["balanced_accuracy"]
-    more = "" if balanced is None else f", balanced accuracy {100 * balanced['value']:.1f}%"
+    more = "" if balanced is None else f", balanced accuracy within cells {100 * balanced['value']:.1f}%"
     return (
         f"{words}: {accuracy['successes']} of {accuracy['rollouts']} right, where always guessing the commoner ending is right "
         f"in {100 * found['majority']:.1f}%{more}."

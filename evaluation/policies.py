@@ -47,6 +47,8 @@ class NamedPolicy:
     def reseed(self, seed: int) -> None:
         """Makes the draws of the next episodes depend on `seed` alone."""
         self.randomness(seed)
+        if self.draws is not None:
+            self.draws.reseed(seed)
 
 
 def open_policy(

@@ -54,6 +54,7 @@ class StudySettings(DemoSettings):
             episode is cut off.
     """
 
+    quantizer_options: dict[str, Any] = field(default_factory=dict)  # additive injection, where a method does not say
     rollouts_per_family: int = 60
     validation_rollouts: int = 20
     temperatures: tuple[float, ...] = (0.5, 1.0)
@@ -106,25 +107,23 @@ class Method:
     decode_codes: bool = False
 
 
+PUBLISHED = {"action_injection": "cross_attention"}
 METHODS = {
     "scratch": Method("Scratch", None),
     "unipi": Method("UniPi", "frames"),
     "vpt": Method("VPT", "pseudo_actions"),
-    "lapa": Method("LAPA", "codes"),
-    "lapa-decoder": Method("LAPA, codes decoded", "codes", decode_codes=True),
+    "lapa": Method("LAPA", "codes", PUBLISHED),
+    "lapa-decoder": Method("LAPA, codes decoded", "codes", PUBLISHED, decode_codes=True),
     "actionvla": Method("ActionVLA", "actions"),
-    "lapa-cross-attention": Method(
-        "LAPA, cross-attention injection", "codes", {"action_injection": "cross_attention"}
+    "lapa-additive": Method("LAPA, additive injection", "codes"),
+    "lapa-additive-decoder": Method("LAPA, additive injection, codes decoded", "codes", decode_codes=True),
+    "lapa-additive-vq": Method("LAPA, additive injection, plain VQ", "codes", {"quantizer": "vq"}),
+    "lapa-additive-no-stop-gradient": Method(
+        "LAPA, additive injection, first frame not detached", "codes", {"stop_gradient_first_frame": False}
     ),
-    "lapa-cross-attention-decoder": Method(
-        "LAPA, cross-attention injection, codes decoded",
-        "codes",
-        {"action_injection": "cross_attention"},
-        decode_codes=True,
+    "lapa-additive-keep-latent-head": Method(
+        "LAPA, additive injection, latent head kept", "codes", keep_latent_head=True
     ),
-    "lapa-vq": Method("LAPA, plain VQ", "codes", {"quantizer": "vq"}),
-    "lapa-no-stop-gradient": Method("LAPA, first frame not detached", "codes", {"stop_gradient_first_frame": False}),
-    "lapa-keep-latent-head": Method("LAPA, latent head kept", "codes", keep_latent_head=True),
 }
 
 

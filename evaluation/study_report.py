@@ -19,11 +19,11 @@ COLOURS = {
     "vpt": "#55a868",
     "lapa": "#3366aa",
     "lapa-decoder": "#88bbee",
-    "lapa-cross-attention": "#c44e52",
-    "lapa-cross-attention-decoder": "#e79fa2",
-    "lapa-vq": "#ccb974",
-    "lapa-no-stop-gradient": "#64b5cd",
-    "lapa-keep-latent-head": "#8c613c",
+    "lapa-additive": "#c44e52",
+    "lapa-additive-decoder": "#e79fa2",
+    "lapa-additive-vq": "#ccb974",
+    "lapa-additive-no-stop-gradient": "#64b5cd",
+    "lapa-additive-keep-latent-head": "#8c613c",
     "actionvla": "#777777",
 }
 

@@ -278,6 +278,13 @@ def test_agreement_has_a_table_and_a_base_rate():
     assert found["majority"] == 0.6
     assert tells_more_than_chance(found) is False
     assert tells_more_than_chance(agreement([True, False] * 20, [True, False] * 20)) is True
+    # Right about which cell is easy, wrong within each: that is no better than chance.
+    cells = ["easy"] * 4 + ["hard"] * 4
+    told, actual = [True] * 4 + [False] * 4, [True, True, True, False, False, False, False, True]
+    assert agreement(told, actual)["balanced_accuracy"]["value"] == 0.75
+    assert agreement(told, actual, cells)["balanced_accuracy"]["value"] == 0.5
+    assert agreement(actual, actual, cells)["balanced_accuracy"]["value"] == 1.0
+    assert agreement(told, told, cells)["balanced_accuracy"] is None
     alike = agreement([True, False], [False, False])
     assert (alike["balanced_accuracy"], alike["sensitivity"], tells_more_than_chance(alike)) == (None, None, None)
     score = judge_score([True, None, False], [True, True, False])
@@ -380,6 +387,16 @@ def test_true_frames_stand_at_every_gap_and_at_the_end(tmp_path):
     assert len(episode.imagined) == 4
     assert all(len(values) == 3 for kinds in episode.errors().values() for values in kinds.values())
     assert run.report()["all"]["horizon"][CHANGED_PIXELS] == [], "nothing changes"
+
+
+def test_a_second_play_has_other_draws():
+    policy, actions = open_policy("random", 2), []
+    for seed in (1, 2, 1):
+        policy.reseed(seed)
+        policy.controller.begin_episode(0, ("reach", 3))
+        actions.append(policy.controller.act(None, [0], [{"image": None, "instruction": ""}])[0])
+    assert np.array_equal(actions[0], actions[2])
+    assert not np.array_equal(actions[0], actions[1])
 
 
 def test_the_report_is_written_and_the_same_again(tmp_path):

@@ -313,20 +313,20 @@ def test_two_runs_do_not_share_a_folder_at_a_time(tmp_path):
 
 def test_a_failure_costs_what_depends_on_it(tmp_path):
     """A real run, tiny: the quantizer cannot be made, Scratch is trained, played and reported all the same."""
-    settings = TINY | {"quantizer_options": {"action_injection": "by post"}}
+    settings = TINY | {"quantizer_options": {"bottleneck": "by post"}}
     plan, stages = Plan(load_study(write(tmp_path, settings=settings))), tmp_path / "stages"
     runner = Runner(plan, stages, 1)
     runner.run()
     (failed,) = runner.failed
     assert failed.startswith("quantizer")
-    assert "action_injection" in next(stages.glob("quantizer-*/error.txt")).read_text(encoding="utf-8")
+    assert "bottleneck" in next(stages.glob("quantizer-*/error.txt")).read_text(encoding="utf-8")
     report = study_report(plan, stages)
     assert set(report["cells"]) == {"scratch/in-domain/seen"}
     assert report["cells"]["scratch/in-domain/seen"]["rollouts"] == 4
     assert report["missing"] == ["lapa in-domain seed 1"]
     (error,) = report["failed"].values()
     assert list(report["failed"]) == [failed]
-    assert "action_injection" in error and f"- failed: {failed}: {error}" in markdown(report)
+    assert "bottleneck" in error and f"- failed: {failed}: {error}" in markdown(report)
     assert report["expert"]["seen"]["success"] == 1.0
     assert report["do_nothing"]["seen"]["success"] == 0.0
     assert report["random"]["seen"]["rollouts"] == 4
