@@ -197,7 +197,8 @@ def table_plot(report: Mapping[str, Any]) -> Any:
     axes.set_xticks(range(len(heads)), heads)
     axes.set_ylabel("success, %")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    # Below each other where one line would be wider than the figure.
+    axes.legend(frameon=False, ncols=min(4, len(rows)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return page.svg(figure)
 
 
