@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## the three stages and closed loop in the simulator; 
 	$(BIN)/lapa demo --output $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed  ## the default tests, a process per core
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)

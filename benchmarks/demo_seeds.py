@@ -3,7 +3,7 @@
     python benchmarks/demo_seeds.py --output outputs/seeds --seeds 1 2 3 4 5
 
 Every seed has its own video, labelled episodes, initialisation and training; the start states that are played are the same.
-About ten minutes per seed; finished seeds are not run again.
+About eight minutes per seed; finished seeds are not run again.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """`lapa demo`: all three stages and closed loop, in the simulator that ships with the package or on real data.
 
-    lapa demo --output outputs/demo                     # about ten minutes on two cores
+    lapa demo --output outputs/demo                     # about eight minutes on two cores
     lapa demo --output outputs/cross --cross-embodiment # video of another embodiment
     lapa demo --output outputs/bridge --data RLDS_DIR   # the three stages on a real RLDS folder
 

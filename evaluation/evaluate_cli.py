@@ -4,7 +4,7 @@
     lapa evaluate --suite tabletop-demo --policy outputs/demo/lapa --do-sample --output outputs/lapa
     lapa evaluate --suite tabletop --policy http://localhost:8000 --output outputs/remote   # OpenVLA's /act protocol
     lapa evaluate --compare outputs/lapa outputs/scratch --output outputs/comparison
-    lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays six methods
+    lapa evaluate --suite tabletop-table1 --output outputs/table1   # trains and plays eight methods
 
 Writes `report.json`, `report.md`, `report.html` and GIFs of the first episodes of every cell. Interrupted or killed, it goes on
 where it stopped when it is started again, with the same result; interrupted by Ctrl-C or SIGTERM, it prints the table so far.
@@ -25,7 +25,9 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         prog="lapa evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", help="name of a suite, or a YAML file")
-    parser.add_argument("--policy", help="model folder, expert, do_nothing, random, or the URL of a server")
+    parser.add_argument(
+        "--policy", help="model folder or Hub name, expert, do_nothing, random, or the URL of a server"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="compare finished evaluations instead")
     parser.add_argument("--rollouts", type=int, help="episodes per cell; the suite's own number by default")

@@ -416,7 +416,7 @@ def _prediction_sentence(found: Mapping[str, Any]) -> str:
     words = {
         True: "The last imagined frame tells more than chance which episodes are solved",
         False: "There is no evidence that the last imagined frame tells which episodes are solved",
-        None: "All episodes end alike, so whether the last imagined frame tells success cannot be said",
+        None: "In no cell do episodes end differently, so whether the last imagined frame tells success cannot be said",
     }[measures.tells_more_than_chance(found)]
     balanced = found["balanced_accuracy"]
     more = "" if balanced is None else f", balanced accuracy within cells {100 * balanced['value']:.1f}%"

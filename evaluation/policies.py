@@ -65,7 +65,7 @@ def open_policy(
 
     Args:
         name: `expert`, `do_nothing`, `random`, a URL (`http://host:port`) of a server that speaks OpenVLA's protocol, a
-            folder or Hub name of a finetuned model, or a folder of a latent-pretrained model with an action decoder or of a
+            folder or Hub name of a finetuned model or of a latent-pretrained one with an action decoder, or a folder of a
             UniPi policy.
         action_dim: Length of the environment's actions.
         unnorm_key: Statistics that de-tokenise; may be None where there is one set.
@@ -76,7 +76,8 @@ def open_policy(
         generation: Of a model, as `do_sample`, `temperature`.
 
     Raises:
-        ValueError: Actions of another length, options that do not apply, and what loading the model refuses.
+        ValueError: Actions of another length, options that do not apply, a latent-pretrained model without an action
+            decoder, and what loading the model refuses.
     """
     if name.startswith(("http://", "https://")):
         from lapa.serving.client import RemotePolicy
@@ -116,6 +117,7 @@ def _open_model(
 ) -> NamedPolicy:
     import torch
 
+    from lapa.configuration.configuration_lapa import LapaConfig
     from lapa.serving.policy import ChunkPlayer, LapaPolicy
 
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
@@ -136,6 +138,12 @@ def _open_model(
     if _has_decoder(name):
         _refuse({"unnorm_key": unnorm_key, "replan_every": replan_every}, name)
         return _open_decoder(name, action_dim, device, options)
+    if LapaConfig.from_pretrained(name).architectures == ["LapaForLatentAction"]:
+        # Loaded as a policy it would get an action head of random weights.
+        raise ValueError(
+            f"`policy` ({name}) is a latent-pretrained model without {DECODER_FOLDER}/: finetune it, or train a decoder of its "
+            "codes (`lapa train-decoder`)."
+        )
     policy = LapaPolicy.from_pretrained(name, unnorm_key, **options)
     _check_action_dim(name, policy.model.config.action_dim, action_dim)
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -40,6 +40,7 @@ class _Track:
     observations: list[Observation]
     actions: list[NDArray[np.float32]] = field(default_factory=list)
     success: bool = False
+    done: bool = False
 
     def episode(self) -> ExpertEpisode:
         nothing = np.zeros(0, np.float32)
@@ -67,7 +68,7 @@ def record_expert(
 
     Raises:
         ValueError: `noise` below 0.
-        RuntimeError: An environment crashed or hung; which episode is named.
+        RuntimeError: An environment crashed or hung twice in the same episode, which is named.
     """
     if noise < 0:
         raise ValueError(f"`noise` must be at least 0, got {noise}.")
@@ -82,10 +83,17 @@ def record_expert(
 
 
 def _record_chunk(
-    pool: EnvironmentPool, episodes: Sequence[Start], noise: float, low: NDArray[Any], high: NDArray[Any]
+    pool: EnvironmentPool,
+    episodes: Sequence[Start],
+    noise: float,
+    low: NDArray[Any],
+    high: NDArray[Any],
+    is_second: bool = False,
 ) -> list[ExpertEpisode]:
     """Episodes side by side, one per environment of the pool."""
     tracks: dict[int, _Track] = {}
+    failed: dict[int, Failure] = {}
+    recorded_again: dict[int, ExpertEpisode] = {}
 
     def begin(slot: int, observation: Observation) -> None:
         tracks[slot] = _Track(np.random.default_rng(episodes[slot][1]), [observation])
@@ -94,18 +102,15 @@ def _record_chunk(
         """Answers of the environments that gave one."""
         for slot, answer in answers.items():
             if isinstance(answer, Failure):
-                task, seed = episodes[slot]
-                raise RuntimeError(
-                    f"recording {task!r} from seed {seed}: the environment {answer.kind}: {answer.reason}"
-                )
+                failed[slot] = answer
+                tracks.pop(slot, None)
             if isinstance(answer, Restarted):
                 begin(slot, answer.observation)
-        return {slot: answer for slot, answer in answers.items() if not isinstance(answer, Restarted)}
+        return {slot: answer for slot, answer in answers.items() if not isinstance(answer, Failure | Restarted)}
 
     for slot, observation in played(pool.start(dict(enumerate(episodes)))).items():
         begin(slot, observation)
-    running = list(tracks)
-    while running:
+    while running := [slot for slot, track in tracks.items() if not track.done]:
         actions = {}
         for slot, expert in played(pool.expert_actions(running)).items():
             disturbance = noise * (high - low) / 2 * tracks[slot].generator.standard_normal(len(expert))
@@ -114,10 +119,19 @@ def _record_chunk(
             track = tracks[slot]
             track.observations.append(result.observation)
             track.actions.append(actions[slot])
-            track.success = result.success
-            if result.done:
-                running.remove(slot)
-    return [tracks[slot].episode() for slot in range(len(episodes))]
+            track.success, track.done = result.success, result.done
+    for slot, failure in failed.items():
+        task, seed = episodes[slot]
+        if is_second:
+            raise RuntimeError(
+                f"recording {task!r} from seed {seed}: the environment {failure.kind}: {failure.reason}"
+            )
+        # Once more, alone, as a job of a study is: what a simulator does not survive need not be this episode's fault.
+        (again,) = _record_chunk(pool, [episodes[slot]], noise, low, high, is_second=True)
+        recorded_again[slot] = again
+    return [
+        recorded_again[slot] if slot in recorded_again else tracks[slot].episode() for slot in range(len(episodes))
+    ]
 
 
 __all__ = ["ExpertEpisode", "record_expert"]

@@ -9,10 +9,13 @@ from lapa.evaluation.demo_stages import quantizer_config, small_policy_config
 from lapa.evaluation.study import METHODS, Study
 from lapa.evaluation.study_worlds import WORLDS
 
+# Of any length that holds the special tokens: instructions are not read yet.
+TEXT_VOCABULARY = 8
+
 
 def check_models(study: Study) -> None:
     """
-    Makes the configurations of all models that learn latent actions or act.
+    Makes the configurations of the quantizers and of the policies' trunk.
 
     Raises:
         ValueError: Settings of which there is no such model; the method and the point are named.
@@ -24,7 +27,7 @@ def check_models(study: Study) -> None:
             method = METHODS[name]
             where = f"method {name!r}" + (f" at {point.series} = {point.value:g}" if point else "")
             try:
-                small_policy_config(settings, LapaVisionTokenizerConfig(), 1, action_dim)
+                small_policy_config(settings, LapaVisionTokenizerConfig(), TEXT_VOCABULARY, action_dim)
                 if method.targets == "codes":
                     options = {**settings.quantizer_options, **method.quantizer_options}
                     quantizer_config(replace(settings, quantizer_options=options))

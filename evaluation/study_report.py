@@ -61,6 +61,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     if not report["complete"]:
         lines += [f"**Not complete**: {len(report['missing'])} trainings are not played.", ""]
+    if len(report["devices"]) > 1:
+        lines += [
+            f"Done on {', '.join(report['devices'])}: policies are trained in bf16 on a GPU and in fp32 elsewhere.",
+            "",
+        ]
     if report["failed"]:
         lines += [*(f"- failed: {label}: {error}" for label, error in report["failed"].items()), ""]
     lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]

@@ -33,7 +33,7 @@ def error_of(stages: Path, key: str) -> str | None:
     path = stages / key / ERROR
     if result_of(stages, key) is not None or not path.is_file():
         return None
-    return (path.read_text(encoding="utf-8").strip().splitlines() or ["its process died"])[-1]
+    return path.read_text(encoding="utf-8").strip().splitlines()[-1]
 
 
 @contextlib.contextmanager
@@ -68,6 +68,7 @@ def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[st
     from lapa.evaluation.study_work import Work
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
     start = time.perf_counter()
     with (folder / LOG).open("a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -79,8 +80,13 @@ def _do(folder: Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[st
     seconds = time.perf_counter() - start
     for checkpoint in folder.glob("**/checkpoint-*"):
         shutil.rmtree(checkpoint)
-    (folder / ERROR).unlink(missing_ok=True)
-    done = {"kind": kind, "settings": dict(settings), "result": result, "seconds": round(seconds, 1)}
+    done = {
+        "kind": kind,
+        "settings": dict(settings),
+        "result": result,
+        "seconds": round(seconds, 1),
+        "device": machine.device,
+    }
     write_atomically(folder / DONE, json.dumps(done, indent=1).encode())
 
 
@@ -160,6 +166,9 @@ class Runner:
                         job = running.pop(future)
                         if not self.finished(job):
                             error = future.exception()
+                            if not (self.stages / job.key / ERROR).is_file():  # it died before it could say so
+                                (self.stages / job.key).mkdir(parents=True, exist_ok=True)
+                                write_atomically(self.stages / job.key / ERROR, repr(error).encode())
                             self.failed[job.label] = f"{error!r}; see {self.stages / job.key / ERROR}"
                             tqdm.write(f"failed: {job.label}: {error!r}")
                         bar.update()

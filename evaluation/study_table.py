@@ -173,6 +173,11 @@ class Results:
                                 | done["result"])  # fmt: skip
         return rows
 
+    def devices(self) -> list[str]:
+        """On which the jobs were done, as far as they recorded it; a GPU's policies are trained in bf16."""
+        done = (result_of(self.stages, key) for key in self.plan.jobs)
+        return sorted({job["device"] for job in done if job and "device" in job})
+
     def seconds(self) -> float:
         """Of one core, over all jobs of the plan."""
         done = [result_of(self.stages, key) for key in self.plan.jobs]
@@ -251,6 +256,7 @@ def study_report(plan: Plan, stages: Path) -> dict[str, Any]:
         "choices": results.choices(),
         "published": dict(study.published),
         "settings": study.settings.to_dict(),
+        "devices": results.devices(),
         "core_minutes": round(results.seconds() / 60, 1),
         "versions": versions(),
     }

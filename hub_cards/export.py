@@ -153,7 +153,7 @@ def push_to_hub(
         )
         if not dry_run:
             upload(folder, repo_id, private=private, token=token)
-        return sorted(path.name for path in folder.iterdir())
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def do(folder: Path, kind: str, settings: Any, inputs: Any, device: str) -> None:
+def do(folder: Path, kind: str, settings: Any, inputs: Any, machine: Any) -> None:
     """Crashes the first time where the kind is `video`, always where it is `labelled`; does nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     first = not (folder / "begun").exists()

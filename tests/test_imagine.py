@@ -28,7 +28,7 @@ from lapa.evaluation.imagine_measures import (
     tells_more_than_chance,
 )
 from lapa.evaluation.imagine_report import side_by_side, write_report
-from lapa.evaluation.imagine_suite import ImagineSuite, ImagineSuiteSettings
+from lapa.evaluation.imagine_suite import ImagineSuite, ImagineSuiteSettings, _prediction_sentence
 from lapa.evaluation.policies import open_policy
 from lapa.evaluation.suites import load_suite
 from lapa.processing.image_processing_lapa import LapaImageProcessor
@@ -285,6 +285,7 @@ def test_agreement_has_a_table_and_a_base_rate():
     assert agreement(told, actual, cells)["balanced_accuracy"]["value"] == 0.5
     assert agreement(actual, actual, cells)["balanced_accuracy"]["value"] == 1.0
     assert agreement(told, told, cells)["balanced_accuracy"] is None
+    assert _prediction_sentence(agreement(told, told, cells)).startswith("In no cell do episodes end differently")
     alike = agreement([True, False], [False, False])
     assert (alike["balanced_accuracy"], alike["sensitivity"], tells_more_than_chance(alike)) == (None, None, None)
     score = judge_score([True, None, False], [True, True, False])

@@ -147,6 +147,9 @@ def test_an_evaluation_opens_it_and_tells_it_from_others(folder, tmp_path, train
         open_policy(str(folder), 2, replan_every=1)
     with pytest.raises(ValueError, match="is an action decoder alone"):
         open_policy(str(trained), 2)
+    save_policy(tmp_path / "latent", "latent")
+    with pytest.raises(ValueError, match="is a latent-pretrained model without action_decoder/: finetune it"):
+        open_policy(str(tmp_path / "latent"), 2)
 
 
 def test_models_that_do_not_fit_together_are_refused(folder, tmp_path, trained):

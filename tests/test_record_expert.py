@@ -1,5 +1,6 @@
 """Recording the expert of an environment."""
 
+import os
 from functools import partial
 
 import numpy as np
@@ -17,14 +18,21 @@ EPISODES = [("reach", 3), ("separate", 4), ("reach", 5)]
 
 
 class Breaking(TabletopEvaluation):
-    """Crashes in one episode."""
+    """Crashes in one episode: always, or once where `once` names a file that it leaves."""
+
+    def __init__(self, once=None, **options):
+        super().__init__(**options)
+        self.once = once
 
     def start(self, task, seed):
-        self.breaks = seed == 4
+        self.breaks = seed == 4 and not (self.once and self.once.exists())
         return super().start(task, seed)
 
     def expert_action(self):
         if self.breaks:
+            if self.once:
+                self.once.touch()
+                os._exit(3)
             raise RuntimeError("no more")
         return super().expert_action()
 
@@ -68,6 +76,16 @@ def test_an_episode_does_not_depend_on_what_is_recorded_beside_it(pool, size, pr
         assert first.instruction == second.instruction
         for name in ("frames", "proprio", "actions"):
             assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_an_episode_whose_process_died_is_recorded_again(pool, tmp_path):
+    make = partial(Breaking, once=tmp_path / "died", families=("reach", "separate"), image_size=32, num_blocks=2)
+    with EnvironmentPool(make, 3, 1) as dying:
+        recorded = record_expert(dying, EPISODES, 0.2)
+    assert (tmp_path / "died").exists()
+    for ours, expected in zip(recorded, record_expert(pool, EPISODES, 0.2), strict=True):
+        assert np.array_equal(ours.frames, expected.frames)
+        assert np.array_equal(ours.actions, expected.actions)
 
 
 def test_a_crash_names_the_episode():

@@ -332,6 +332,7 @@ def test_a_failure_costs_what_depends_on_it(tmp_path):
     assert report["random"]["seen"]["rollouts"] == 4
     assert "| random actions |" in markdown(report)
     assert not list(stages.glob("**/checkpoint-*"))
+    assert report["devices"] == ["cpu"]
     # What is there is not done again, and what failed is tried again.
     again = Runner(plan, stages, 1)
     assert {job.kind for job in plan.jobs.values() if not again.finished(job)} == {
@@ -347,6 +348,9 @@ def test_a_crash_of_a_process_costs_what_depends_on_its_job(tmp_path, monkeypatc
     runner.run()
     # Begun again, what crashed once is done; what crashes always fails, and no more than what needs it is left.
     assert [label.split()[0] for label in runner.failed] == ["labelled"]
+    errors = {job.label: study_runner.error_of(runner.stages, job.key) for job in plan.jobs.values()}
+    ((label, error),) = ((label, error) for label, error in errors.items() if error is not None)
+    assert (label, "BrokenProcessPool" in error) == (*runner.failed, True)
     left = {job.kind for job in plan.jobs.values() if not runner.finished(job)}
     assert left == {"labelled", "finetune", "choose", "play"}
     done = {job.kind for job in plan.jobs.values() if runner.finished(job)}
