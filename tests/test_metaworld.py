@@ -81,3 +81,21 @@ def test_a_repeated_action_is_that_many_steps_of_the_simulator(environment):
 def test_an_action_repeat_that_cannot_be_is_named():
     with pytest.raises(ValueError, match=r"`action_repeat` must lie in \[1, 100\], got 0"):
         MetaWorldEvaluation(max_steps=100, action_repeat=0)
+
+
+def test_environments_of_one_process_draw_what_each_draws_alone(environment):
+    tasks, action = ("reach", "drawer-open", "push"), np.array([0.5, -0.3, 0.2, 0.0], np.float32)
+    alone = []
+    for task in tasks:
+        environment.start(task, 1)
+        alone.append(environment.step(action).observation["image"])
+    together = [MetaWorldEvaluation(image_size=64) for _ in tasks]
+    for one, task in zip(together, tasks):
+        one.start(task, 1)
+    drawn = [one.step(action).observation["image"] for one in together]
+    together[0].close()
+    drawn[1:] = [one._observation()["image"] for one in together[1:]]
+    for one in together:
+        one.close()
+    for ours, expected in zip(drawn, alone):
+        assert np.array_equal(ours, expected)

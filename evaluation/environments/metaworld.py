@@ -165,7 +165,17 @@ class MetaWorldEvaluation(EvaluationEnvironment):
         """See `EvaluationEnvironment.expert_action`: MetaWorld's own scripted policy."""
         return np.clip(self._expert.get_action(self._state), -1, 1).astype(np.float32)
 
+    def _take_context(self) -> None:
+        """
+        Makes this environment's OpenGL context the current one. Gymnasium does so once, when it makes it: of several environments
+        in a process all but the last made would be drawn with its meshes.
+        """
+        viewer = self._environment.mujoco_renderer.viewer
+        if viewer is not None:
+            viewer.make_context_current()
+
     def _observation(self) -> Observation:
+        self._take_context()
         image = self._environment.render()
         if self.camera == CAMERA:
             # This camera hangs upside down.
@@ -182,6 +192,7 @@ class MetaWorldEvaluation(EvaluationEnvironment):
     def close(self) -> None:
         """See `EvaluationEnvironment.close`."""
         if self._environment is not None:
+            self._take_context()  # what is freed is the current one's
             self._environment.close()
             self._environment = None
 
