@@ -1,9 +1,13 @@
 """MetaWorld through the adapter; `pip install "lapa[metaworld]"` and OpenGL, or the tests skip."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.metaworld import INSTRUCTIONS, MetaWorldEvaluation
+from lapa.evaluation.record_expert import record_expert
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +103,15 @@ def test_environments_of_one_process_draw_what_each_draws_alone(environment):
         one.close()
     for ours, expected in zip(drawn, alone):
         assert np.array_equal(ours, expected)
+
+
+def test_a_recording_does_not_depend_on_the_number_of_processes(environment):
+    make = partial(MetaWorldEvaluation, image_size=32, max_steps=60, action_repeat=5)
+    starts = [("reach", 3), ("drawer-open", 4), ("push", 5)]
+    with EnvironmentPool(make, 1) as one:
+        alone = record_expert(one, starts, 0.15)
+    with EnvironmentPool(make, 4, 2) as several:
+        beside = record_expert(several, starts, 0.15)
+    for first, second in zip(alone, beside, strict=True):
+        for name in ("frames", "proprio", "actions"):
+            assert np.array_equal(getattr(first, name), getattr(second, name))
