@@ -58,8 +58,10 @@ class Results:
         self.plan, self.study, self.stages = plan, plan.study, stages
         self.outcomes: dict[Key, dict[int, Outcomes]] = {}
         self.missing: list[str] = []
-        errors = {job.label: error_of(stages, job.key) for job in plan.jobs.values()}
-        self.failed = {label: error for label, error in errors.items() if error is not None}
+        # Several finetunings share a label: one that did not fail must not hide one that did.
+        self.failed = {
+            job.label: error for job in plan.jobs.values() if (error := error_of(stages, job.key)) is not None
+        }
         self.entries: dict[Key, list[Entry]] = {}
         for entry in plan.entries:
             key = (entry.method, entry.column, point_name(entry))

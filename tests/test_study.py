@@ -357,6 +357,57 @@ def test_a_crash_of_a_process_costs_what_depends_on_its_job(tmp_path, monkeypatc
     assert done >= {"video", "quantizer", "codes", "pretrain", "held_out"}
 
 
+def test_a_failed_finetuning_is_named_beside_one_that_did_not_fail(tmp_path):
+    settings = TINY | {"finetuning_candidates": [[2, 1e-3], [3, 1e-3]]}
+    plan, stages = Plan(load_study(write(tmp_path, methods=["scratch"], settings=settings))), tmp_path / "stages"
+    first, second = (job for job in plan.jobs.values() if job.kind == "finetune")
+    assert first.label == second.label
+    (stages / first.key).mkdir(parents=True)
+    (stages / first.key / "error.txt").write_text("Traceback:\nValueError: too few\n", encoding="utf-8")
+    assert Results(plan, stages).failed == {first.label: "ValueError: too few"}
+
+
+def test_jobs_record_and_play_in_as_many_processes_as_are_given(tmp_path, monkeypatch):
+    asked = []
+    recording = type("Recording", (), {"lengths": np.ones(1), "frames": np.ones(2), "save": lambda self, path: None})()
+    world = study_worlds.WORLDS["metaworld"]
+    monkeypatch.setattr(
+        type(world), "record", lambda self, *a, num_processes, **k: asked.append(num_processes) or recording
+    )
+    values = {"world": "metaworld", "seed": 1, "embodiment": "sawyer", "labelled": ["reach"], "families": ["reach"]}
+    work = Work.of(tmp_path, values, {}, Machine(simulators=3))
+    for job in (study_jobs.video, study_jobs.labelled, study_jobs.held_out):
+        job(work)
+    assert asked == [3, 3, 3]
+    played = []
+    monkeypatch.setattr(
+        study_playing,
+        "Evaluation",
+        lambda suite, policy, folder, settings: played.append(settings) or type("E", (), {"run": lambda self: None})(),
+    )
+    for fragile, processes in ((2, 3), (0, 0)):
+        suite = type("Suite", (), {"num_processes": lambda self, fragile=fragile: fragile})()
+        study_playing._play(work, None, suite, tmp_path, 0)
+        assert played[-1].num_processes == processes
+
+
+@pytest.mark.parametrize(("device", "bf16"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_policies_are_trained_in_bf16_on_a_gpu(tmp_path, monkeypatch, device, bf16):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert Work.of(tmp_path, {"seed": 1}, {}, Machine(device)).schedule(1, 1e-3)["bf16"] is bf16
+
+
+def test_a_study_of_several_devices_says_so(tmp_path):
+    plan, stages = Plan(load_study(write(tmp_path))), tmp_path / "stages"
+    for number, entry in enumerate(plan.entries):
+        fake_play(stages, entry.jobs["play"], {"seen/reach": [1], "seen/separate": [0]})
+        path = stages / entry.jobs["play"] / DONE
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": ("cpu", "cuda")[number]}))
+    report = study_report(plan, stages)
+    assert report["devices"] == ["cpu", "cuda"]
+    assert "Done on cpu, cuda: policies are trained in bf16 on a GPU" in markdown(report)
+
+
 def test_labels_are_as_many_whether_of_one_family_or_of_all(tmp_path, monkeypatch):
     asked = []
     recording = type("Recording", (), {"lengths": np.ones(1), "frames": np.ones(2), "save": lambda self, path: None})()
