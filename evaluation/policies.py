@@ -118,6 +118,7 @@ def _open_model(
     import torch
 
     from lapa.configuration.configuration_lapa import LapaConfig
+    from lapa.modeling_lapa.adapter_loading_lapa import find_file
     from lapa.serving.policy import ChunkPlayer, LapaPolicy
 
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
@@ -135,7 +136,7 @@ def _open_model(
         raise ValueError("`temperature` needs `do_sample`: without it actions are chosen greedily.")
     if options.get("do_sample"):
         options.setdefault("top_k", 0)
-    if _has_decoder(name):
+    if find_file(name, (f"{DECODER_FOLDER}/config.json",), {}) is not None:
         _refuse({"unnorm_key": unnorm_key, "replan_every": replan_every}, name)
         return _open_decoder(name, action_dim, device, options)
     if LapaConfig.from_pretrained(name).architectures == ["LapaForLatentAction"]:
@@ -161,20 +162,6 @@ def _open_model(
         "generation": options,
     }
     return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
-
-
-def _has_decoder(name: str) -> bool:
-    """Whether a folder or a Hub repository is a latent-pretrained model with an action decoder."""
-    from transformers.utils import cached_file
-
-    file = f"{DECODER_FOLDER}/config.json"
-    if Path(name).is_dir():
-        return (Path(name) / file).is_file()
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
-    try:
-        return cached_file(name, file, **quiet) is not None
-    except (OSError, ValueError):
-        return False  # no such repository: loading says so in its own words
 
 
 def _model_type(folder: Path) -> str | None:

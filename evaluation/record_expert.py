@@ -93,7 +93,6 @@ def _record_chunk(
     """Episodes side by side, one per environment of the pool."""
     tracks: dict[int, _Track] = {}
     failed: dict[int, Failure] = {}
-    recorded_again: dict[int, ExpertEpisode] = {}
 
     def begin(slot: int, observation: Observation) -> None:
         tracks[slot] = _Track(np.random.default_rng(episodes[slot][1]), [observation])
@@ -120,6 +119,7 @@ def _record_chunk(
             track.observations.append(result.observation)
             track.actions.append(actions[slot])
             track.success, track.done = result.success, result.done
+    recorded = {slot: track.episode() for slot, track in tracks.items()}
     for slot, failure in failed.items():
         task, seed = episodes[slot]
         if is_second:
@@ -127,11 +127,8 @@ def _record_chunk(
                 f"recording {task!r} from seed {seed}: the environment {failure.kind}: {failure.reason}"
             )
         # Once more, alone, as a job of a study is: what a simulator does not survive need not be this episode's fault.
-        (again,) = _record_chunk(pool, [episodes[slot]], noise, low, high, is_second=True)
-        recorded_again[slot] = again
-    return [
-        recorded_again[slot] if slot in recorded_again else tracks[slot].episode() for slot in range(len(episodes))
-    ]
+        (recorded[slot],) = _record_chunk(pool, [episodes[slot]], noise, low, high, is_second=True)
+    return [recorded[slot] for slot in range(len(episodes))]
 
 
 __all__ = ["ExpertEpisode", "record_expert"]

@@ -107,13 +107,13 @@ class Method:
     decode_codes: bool = False
 
 
-PUBLISHED = {"action_injection": "cross_attention"}
+PUBLISHED_QUANTIZER = {"action_injection": "cross_attention"}
 METHODS = {
     "scratch": Method("Scratch", None),
     "unipi": Method("UniPi", "frames"),
     "vpt": Method("VPT", "pseudo_actions"),
-    "lapa": Method("LAPA", "codes", PUBLISHED),
-    "lapa-decoder": Method("LAPA, codes decoded", "codes", PUBLISHED, decode_codes=True),
+    "lapa": Method("LAPA", "codes", PUBLISHED_QUANTIZER),
+    "lapa-decoder": Method("LAPA, codes decoded", "codes", PUBLISHED_QUANTIZER, decode_codes=True),
     "actionvla": Method("ActionVLA", "actions"),
     "lapa-additive": Method("LAPA, additive injection", "codes"),
     "lapa-additive-decoder": Method("LAPA, additive injection, codes decoded", "codes", decode_codes=True),

@@ -44,9 +44,9 @@ def find_adapter(name: Any, arguments: dict[str, Any]) -> AdapterSource | None:
     passed = (arguments.get("adapter_kwargs") or {}).get("_adapter_model_path")
     folder = str(name if passed is None else passed)
     by_auto_class = passed is not None and str(passed) != str(name)
-    if not by_auto_class and _find(folder, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), arguments) is not None:
+    if not by_auto_class and find_file(folder, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), arguments) is not None:
         return None
-    found = _find(folder, (ADAPTER_CONFIG_NAME,), arguments)
+    found = find_file(folder, (ADAPTER_CONFIG_NAME,), arguments)
     if found is None:
         return None
     with open(found, encoding="utf-8") as file:
@@ -103,17 +103,28 @@ def load_adapter(model: Any, folder: str, arguments: dict[str, Any]) -> None:
     model.eval()
 
 
-def _find(folder: str, files: tuple[str, ...], arguments: dict[str, Any]) -> str | None:
+def find_file(folder: str, files: tuple[str, ...], arguments: dict[str, Any]) -> str | None:
+    """
+    Where the first of some files is, that a model may have or not.
+
+    Args:
+        folder: Folder, or name of a Hub repository.
+        files: Paths in it.
+        arguments: Of `from_pretrained`; what tells where on the Hub is read.
+
+    Returns:
+        Its path on this disk; None where there is none, or no such repository, which loading says in its own words.
+    """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
     for file in files:
         try:
             path: str | None = cached_file(folder, file, **hub, **quiet)
         except (OSError, ValueError):
-            return None  # no such repository: loading says so in its own words
+            return None
         if path is not None:
             return path
     return None
 
 
-__all__ = ["HUB_ARGUMENTS", "AdapterSource", "find_adapter", "load_adapter"]
+__all__ = ["HUB_ARGUMENTS", "AdapterSource", "find_adapter", "find_file", "load_adapter"]
