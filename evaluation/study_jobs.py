@@ -81,7 +81,8 @@ def vision_tokenizer(work: Work) -> dict[str, Any]:
     log = train_vision_tokenizer(
         frames, settings.tokenizer_codes, settings.tokenizer_steps, 0, work.folder / "model", work.device
     )
-    codes = stages.encode_frames(frames, LapaVisionTokenizer.from_pretrained(work.folder / "model").eval())
+    trained = LapaVisionTokenizer.from_pretrained(work.folder / "model").eval().to(work.device)
+    codes = stages.encode_frames(frames, trained)
     used = perplexity(np.bincount(codes.ravel(), minlength=settings.tokenizer_codes))
     return {"frames": len(frames), "final_loss": log[-1]["loss"], "perplexity": used}
 

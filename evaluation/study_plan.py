@@ -113,15 +113,16 @@ class Plan:
         self.world = WORLDS[study.world]
         self.jobs: dict[str, Job] = {}
         self.entries: list[Entry] = []
-        self.baselines = {
-            name: self._add("play", name, study.settings, policy_name=name, splits=study.splits)
-            for name in (DO_NOTHING, RANDOM, EXPERT)
-        }
         for seed in study.seeds:
             for point in study.points or (None,):
                 for column in study.columns:
                     for method in study.methods:
                         self.entries.append(self._entry(method, column, seed, point))
+        # Last, as nothing waits for them.
+        self.baselines = {
+            name: self._add("play", name, study.settings, policy_name=name, splits=study.splits)
+            for name in (DO_NOTHING, RANDOM, EXPERT)
+        }
 
     def _add(
         self, kind: str, label: str, settings: StudySettings, inputs: Mapping[str, str] | None = None, **extra: Any
