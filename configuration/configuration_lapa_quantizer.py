@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+# Pixels; in a smaller frame `align_frames` finds no shift.
+MIN_ALIGNED_SIDE = 16
 # Kernel, stride and padding of the convolutions that turn the patch grid into latent tokens in the published code,
 # by number of latent tokens. A ReLU stands between two convolutions.
 PUBLISHED_CNN_BOTTLENECKS: dict[int, tuple[tuple[tuple[int, int], int, int], ...]] = {
@@ -45,6 +47,10 @@ class LapaQuantizerConfig(PreTrainedConfig):
         image_size, patch_size (`int` or `[height, width]`, default to 256 and 32): In pixels; patches must divide
             the image.
         num_channels (`int`, defaults to 3): Colour channels of a frame.
+        align_frames (`bool`, defaults to `False`): Whether the second frame is moved back onto the first by the shift that most
+            of the picture made, before anything looks at it (see [`~lapa.modeling_lapa.frame_alignment_lapa.align_frames`]).
+            For video of a hand-held camera, whose motion the codes would tell in the place of the hand's. Frames of at least
+            16 pixels a side.
         num_spatial_layers (`int`, defaults to 8): Layers of the spatial encoder, and of the decoder.
         num_temporal_layers (`int`, defaults to 8): Layers of the temporal encoder.
         num_attention_heads, head_dim (`int`, default to 16 and 64): Attention sizes.
@@ -106,6 +112,7 @@ class LapaQuantizerConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, ...] = 256
     patch_size: int | list[int] | tuple[int, ...] = 32
     num_channels: int = 3
+    align_frames: bool = False
     num_spatial_layers: int = 8
     num_temporal_layers: int = 8
     num_attention_heads: int = 16
@@ -186,6 +193,10 @@ class LapaQuantizerConfig(PreTrainedConfig):
         if min(height, width, patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
             raise ValueError(
                 f"`image_size` ({self.image_size}) is not a multiple of `patch_size` ({self.patch_size})."
+            )
+        if self.align_frames and min(height, width) < MIN_ALIGNED_SIDE:
+            raise ValueError(
+                f"`align_frames` needs frames of at least {MIN_ALIGNED_SIDE} pixels a side, got `image_size` {self.image_size}."
             )
         self._validate_bottleneck()
         self._validate_quantizer()

@@ -291,7 +291,8 @@ class RldsDemo:
         chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
         pixels = torch.stack([dataset[int(i)]["frames"] for i in chosen]).float() / 255
         decoded = quantizer.decode(pixels[:, 0], quantizer.encode(pixels).latent_action_codes)
-        rows = [page.to_uint8(frames.numpy()) for frames in (pixels[:, 0], pixels[:, 1], decoded)]
+        first, second = quantizer.align(pixels).unbind(1)
+        rows = [page.to_uint8(frames.numpy()) for frames in (first, second, decoded)]
         return page.png(page.grid([list(row) for row in rows]), 2)
 
 

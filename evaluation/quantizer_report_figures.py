@@ -55,7 +55,7 @@ def reconstructions(measured: Measured) -> str:
     sample, codes = measured.sample, measured.encoded.codes
     per_source = max(1, NUM_RECONSTRUCTIONS // len(sample.sources))
     rows, other = spread_rows(measured, per_source), other_pair(sample)
-    first, second = np.asarray(sample.frames[rows, 0]), np.asarray(sample.frames[rows, 1])
+    first, second = measured.runner.aligned(sample.frames[rows]).swapaxes(0, 1)
     decoded, shuffled = (page.to_uint8(measured.runner.decode(first, codes[index])) for index in (rows, other[rows]))
     names = [f"episode {episode}" for episode in sample.episode[rows]]
     if len(sample.sources) > 1:

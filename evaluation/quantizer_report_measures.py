@@ -43,6 +43,14 @@ class Runner:
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3)
         return pixels.to(self.device).to(self.dtype) / 255
 
+    @torch.no_grad()
+    def aligned(self, frames: np.ndarray) -> np.ndarray:
+        """Pairs (batch, 2, height, width, 3) uint8 as the quantizer looks at them, see `align_frames` of its config."""
+        if not self.quantizer.config.align_frames:
+            return np.asarray(frames)
+        pixels = self.quantizer.align(self.to_pixels(frames)).float()
+        return (pixels.movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy()
+
     def batches(self, count: int) -> Iterator[slice]:
         """Slices over `count` rows."""
         for start in range(0, count, self.batch_size):
@@ -153,25 +161,26 @@ def other_pair(sample: PairSample, seed: int = 0) -> np.ndarray:
     return chosen
 
 
-def mean_frames(sample: PairSample, chunk: int = 256) -> np.ndarray:
+def mean_frames(runner: Runner, sample: PairSample) -> np.ndarray:
     """Mean second frame (num_sources, height, width, 3) float64 in [0, 1] of each source's pairs."""
     means = np.zeros((len(sample.sources), *sample.frames.shape[2:]))
     for source in range(len(sample.sources)):
         rows = np.flatnonzero(sample.source == source)
-        for start in range(0, len(rows), chunk):
-            means[source] += sample.frames[rows[start : start + chunk], 1].sum(axis=0, dtype=np.float64)
+        for part in runner.batches(len(rows)):
+            means[source] += runner.aligned(sample.frames[rows[part]])[:, 1].sum(axis=0, dtype=np.float64)
         means[source] /= 255 * max(len(rows), 1)
     return means
 
 
 def reconstruction_errors(runner: Runner, sample: PairSample, codes: np.ndarray) -> dict[str, np.ndarray]:
     """Mean squared errors (num_pairs,) against the second frame in [0, 1]: of the model and what it must beat."""
-    other, means = codes[other_pair(sample)], mean_frames(sample)
+    other, means = codes[other_pair(sample)], mean_frames(runner, sample)
     errors: dict[str, list[np.ndarray]] = {
         name: [] for name in ("model", "copy_first_frame", "mean_frame", "shuffled_codes")
     }
     for part in runner.batches(len(sample)):
-        first, second = np.asarray(sample.frames[part, 0]), np.asarray(sample.frames[part, 1]) / 255.0
+        first, second = runner.aligned(sample.frames[part]).swapaxes(0, 1)
+        second = second / 255.0
         guesses = {
             "model": np.moveaxis(runner.decode(first, codes[part]), 1, -1),
             "copy_first_frame": first / 255.0,

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
 from lapa.configuration.configuration_lapa_quantizer import LapaQuantizerConfig
+from lapa.modeling_lapa.frame_alignment_lapa import align_frames
 from lapa.modeling_lapa.linear_lapa import linear
 from lapa.modeling_lapa.modeling_lapa_quantizer_layers import (
     LapaQuantizerAttention,
@@ -159,6 +160,10 @@ class LapaQuantizerPreTrainedModel(PreTrainedModel):
             expected = ", ".join((*leading, *map(str, size)))
             raise ValueError(f"`{name}` must be a float tensor of shape ({expected}) in [0, 1], got {got}.")
 
+    def align(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Frame pairs (batch, 2, channels, height, width) as the model looks at them; see `align_frames` of the config."""
+        return align_frames(pixel_values) if self.config.align_frames else pixel_values
+
     def _embed_latent_actions(
         self, tokens: torch.Tensor, position_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -253,7 +258,7 @@ class LapaQuantizerEncoder(LapaQuantizerPreTrainedModel):
             pixel_values: (batch, 2, channels, height, width) float in [0, 1], first and second frame.
         """
         self._check_frames(pixel_values, ("batch", "2"), "pixel_values")
-        tokens = self.patch_embedding(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
+        tokens = self.patch_embedding(self.align(pixel_values).flatten(0, 1)).unflatten(0, (-1, 2))
         embeddings, irrelevant = self._embed_latent_actions(tokens, self.position_bias(self.config.grid))
         codes = irrelevant_codes = None
         if self.config.has_codes:
@@ -430,6 +435,7 @@ class LapaQuantizer(LapaQuantizerPreTrainedModel):
         """
         self._check_frames(pixel_values, ("batch", "2"), "pixel_values")
         self._check_conditions(actions, instruction_ids, len(pixel_values))
+        pixel_values = self.align(pixel_values)
         position_bias = self.position_bias(self.config.grid)
         tokens = self.patch_embedding(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
         embeddings, irrelevant = self._embed_latent_actions(tokens, position_bias)

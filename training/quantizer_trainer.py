@@ -365,7 +365,7 @@ class LapaQuantizerTrainer(SafeCheckpoints, MetricsTrainer):
             reconstruction = quantizer(batch["pixel_values"], **instructions).reconstruction
         finally:
             quantizer.train(was_training)
-        grid = reconstruction_grid(batch["pixel_values"], reconstruction)
+        grid = reconstruction_grid(quantizer.align(batch["pixel_values"]), reconstruction)
         with atomic_file(Path(self.args.output_dir) / "samples" / f"step-{step:07d}.png") as partial:
             Image.fromarray(grid).save(partial, format="PNG")
         for callback in self.callback_handler.callbacks:
