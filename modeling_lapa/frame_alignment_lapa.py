@@ -15,6 +15,10 @@ ITERATIONS_PER_LEVEL = 5
 EDGE_SHARE = 0.25
 # A pixel whose own shift is this many times the median one away counts a quarter: it belongs to something that moves.
 OUTLIER_DISTANCE = 2.0
+# Grey levels in [0, 1] that two pixels may be apart and still be half alike.
+UNLIKE = 0.1
+# Of that measure, what a shift must gain for each pixel that it is long.
+PREFER_NEAR = 1e-4
 # Pixels; below this the median is no measure of what is usual.
 MIN_SCALE = 0.02
 # Added to the squared gradients: a picture without edges is not shifted.
@@ -26,8 +30,9 @@ def camera_shift(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
     By how far most of the picture moved from the first frame to the second.
 
-    Gauss-Newton steps on the grey, blurred pictures (Lucas and Kanade 1981), coarse to fine, with weights (Geman and McClure
-    1987) that leave out what moves otherwise than the rest: a hand, and what it holds. A still camera gives 0 exactly where
+    On the grey, blurred pictures, from coarse to fine: the best shift of whole pixels at first, then Gauss-Newton steps (Lucas
+    and Kanade 1981), with weights (Geman and McClure 1987) that leave out what moves otherwise than the rest: a hand, and what
+    it holds. A still camera gives 0 exactly where
     nothing but these moves.
 
     Args:
@@ -43,9 +48,9 @@ def camera_shift(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         levels = [tuple(F.avg_pool2d(picture, step) if step > 1 else picture for picture in pictures)]
         while min(levels[-1][0].shape[-2:]) >= 2 * MIN_ALIGNED_SIDE:
             levels.append(tuple(F.avg_pool2d(picture, 2) for picture in levels[-1]))
-        shift = first.new_zeros((len(first), 2), dtype=torch.float32)
-        for number, (before, after) in enumerate(reversed(levels)):
-            shift = _refined(before, after, shift if number == 0 else 2 * shift)
+        shift = _best_of_whole_pixels(*levels[-1]) / 2
+        for before, after in reversed(levels):
+            shift = _refined(before, after, 2 * shift)
         return shift * step
 
 
@@ -95,6 +100,26 @@ def _moved(pictures: torch.Tensor, shift: torch.Tensor, mode: str) -> torch.Tens
         -1,
     )
     return F.grid_sample(pictures, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def _best_of_whole_pixels(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The shift (batch, 2) of whole pixels between pictures (batch, 1, height, width) that explains most of them."""
+    reach = int(MAX_SHIFT_SHARE * min(first.shape[-2:]))
+    window = 2 * reach + 1
+
+    def shifted(pictures: torch.Tensor) -> torch.Tensor:
+        """(batch, window * window, height * width): every pixel after every shift, 0 beyond the edge."""
+        return F.unfold(F.pad(pictures, (reach, reach, reach, reach)), window)
+
+    squared = (shifted(second) - first.flatten(2)).square()
+    seen = shifted(torch.ones_like(first[:1]))
+    # A pixel that is far off says no more than one that is off: it belongs to something that moves.
+    error = (seen * squared / (squared + UNLIKE**2)).sum(2) / seen.sum(2)
+    offsets = torch.arange(-reach, reach + 1, device=first.device)
+    offsets = torch.stack((offsets.repeat(window), offsets.repeat_interleave(window)), 1).to(first.dtype)
+    # The nearest of equals.
+    chosen = (error + PREFER_NEAR * offsets.norm(dim=1)).argmin(1)
+    return offsets[chosen]
 
 
 def _refined(first: torch.Tensor, second: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

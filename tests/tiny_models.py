@@ -74,6 +74,7 @@ QUANTIZER_VARIANTS: dict[str, dict[str, Any]] = {
     },
     "oblong": {"image_size": [24, 32], "patch_size": [8, 4], "bottleneck": "query", "num_latent_tokens": 2},
     "end-to-end": {"stop_gradient_first_frame": False},
+    "aligned": {"align_frames": True},
     "entropy": {"entropy_weight": 0.5},
     "continuous": {"quantizer": "continuous", "interleave_latent_tokens": False},
     "instruction": {"instruction_vocab_size": 50, "interleave_latent_tokens": False},

@@ -1,0 +1,135 @@
+"""Undoing a camera's motion between the frames of a pair."""
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import quantizer_config
+
+from lapa import LapaQuantizer
+from lapa.evaluation.demo_settings import DemoSettings
+from lapa.evaluation.demo_stages import make_environment
+from lapa.evaluation.environments.tabletop import CONTROL_FREQUENCY
+from lapa.evaluation.environments.tabletop_recording import record_episode
+from lapa.evaluation.quantizer_report_measures import Runner
+from lapa.modeling_lapa.frame_alignment_lapa import align_frames, camera_shift
+from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
+
+GAP = 4
+
+
+def simulated_pairs(embodiment: str, image_size: int, num_episodes: int = 8) -> tuple[torch.Tensor, np.ndarray]:
+    """Pairs (num_pairs, 2, 3, height, width) of the tabletop, and by how many pixels the picture moved: (num_pairs, 2)."""
+    environment = make_environment(DemoSettings(image_size=image_size), embodiment)
+    pairs, moved = [], []
+    for seed in range(num_episodes):
+        episode = record_episode(environment, None, seed, noise=0.3, family="reach")
+        renderer = environment._renderers[image_size]
+        # The renderer draws the camera's place to whole pixels of its finer canvas.
+        scale, fine = renderer._pixels_per_metre, renderer._supersampling
+        places = [environment._shake.offset(step / CONTROL_FREQUENCY) for step in range(len(episode.frames))]
+        pixels = np.array([(-round(place.real * scale), round(place.imag * scale)) for place in places]) / fine
+        for step in range(len(episode.frames) - GAP):
+            pairs.append(episode.frames[[step, step + GAP]])
+            moved.append(pixels[step + GAP] - pixels[step])
+    frames = torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3).float() / 255
+    return frames, np.stack(moved)
+
+
+def textured(*size: int) -> torch.Tensor:
+    """A random picture (3, height, width) in [0, 1] with things of all sizes, as photographs have."""
+    generator, picture = torch.Generator().manual_seed(0), torch.zeros(3, *size)
+    for octave in range(3, 7):
+        noise = torch.rand(1, 3, *(-(-side // 2**octave) + 1 for side in size), generator=generator)
+        smooth = torch.nn.functional.interpolate(noise, size=size, mode="bicubic", align_corners=False)[0]
+        picture += smooth * 2**octave
+    return (picture - picture.min()) / (picture.max() - picture.min())
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_finds_the_shake_of_a_camera_while_a_hand_moves(image_size):
+    pairs, moved = simulated_pairs("human_video", image_size)
+    assert np.abs(moved).max() > 0.5
+    errors = np.abs(camera_shift(*pairs.unbind(1)).numpy() - moved)
+    assert np.median(errors) < 0.02 and errors.max() < 0.15
+
+
+def test_a_still_camera_is_left_alone_whatever_moves_before_it():
+    pairs, moved = simulated_pairs("arm", 32)
+    assert not moved.any()
+    assert camera_shift(*pairs.unbind(1)).abs().max() < 0.01
+    assert (align_frames(pairs) - pairs).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("size", "shift"), [((64, 96), (5, -7)), ((256, 256), (24, 17)), ((40, 16), (-2, 3))])
+def test_undoes_shifts_of_many_pixels_in_any_format(size, shift):
+    (x, y), reach = shift, 32
+    picture = textured(size[0] + 2 * reach, size[1] + 2 * reach)
+
+    def view(x: int, y: int) -> torch.Tensor:
+        return picture[:, reach - y : reach - y + size[0], reach - x : reach - x + size[1]]
+
+    pair = torch.stack((view(0, 0), view(x, y)))[None]
+    found = camera_shift(*pair.unbind(1))[0]
+    assert (found - torch.tensor([x, y])).abs().max() < 0.5
+    aligned = align_frames(pair)
+    assert torch.equal(aligned[:, 0], pair[:, 0])
+    left, before = ((frames[0, 1] - frames[0, 0]).abs().mean() for frames in (aligned, pair))
+    assert left < 0.1 * before
+    # What the second frame did not see is the first one's.
+    unseen = aligned[0, ..., : -x - 1] if x < 0 else aligned[0, ..., 1 - x :]
+    assert unseen.shape[-1] and torch.equal(unseen[1], unseen[0])
+
+
+def test_pictures_without_edges_stay_as_they_are():
+    blank = torch.stack((torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)), 1)
+    assert torch.equal(camera_shift(*blank.unbind(1)), torch.zeros(2, 2))
+    assert torch.equal(align_frames(blank), blank)
+
+
+def test_a_pair_alone_is_what_it_is_in_a_batch():
+    pairs, _ = simulated_pairs("human_video", 32, num_episodes=1)
+    together = align_frames(pairs)
+    alone = torch.cat([align_frames(pair[None]) for pair in pairs])
+    assert torch.allclose(together, alone, atol=1e-5)
+    half = align_frames(pairs.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.equal(half[:, 0], pairs[:, 0].bfloat16())
+    assert (half.float() - together).abs().mean() < 0.01
+
+
+class TestQuantizer:
+    """`align_frames` of its config."""
+
+    @pytest.fixture
+    def pairs(self) -> torch.Tensor:
+        return simulated_pairs("human_video", 32, num_episodes=2)[0]
+
+    def build(self, **changes) -> LapaQuantizer:
+        torch.manual_seed(0)
+        return LapaQuantizer(quantizer_config(**changes)).eval()
+
+    @torch.no_grad()
+    def test_sees_aligned_pairs_everywhere(self, pairs, tmp_path):
+        model, plain = self.build(align_frames=True), self.build()
+        aligned = align_frames(pairs)
+        assert torch.equal(model.align(pairs), aligned) and plain.align(pairs) is pairs
+        expected, output = plain(aligned), model(pairs)
+        assert torch.equal(output.loss, expected.loss)
+        assert torch.equal(output.latent_action_embeddings, expected.latent_action_embeddings)
+        assert not torch.equal(output.latent_action_embeddings, plain(pairs).latent_action_embeddings)
+        model.save_pretrained(tmp_path)
+        for loaded in (LapaQuantizer.from_pretrained(tmp_path), LapaQuantizerEncoder.from_pretrained(tmp_path)):
+            encode = loaded.encode if isinstance(loaded, LapaQuantizer) else loaded
+            assert torch.equal(encode(pairs).latent_action_embeddings, expected.latent_action_embeddings)
+
+    def test_reports_measure_on_aligned_pairs(self, pairs):
+        frames = (pairs * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        seen = Runner(self.build(align_frames=True)).aligned(frames)
+        assert seen.dtype == np.uint8 and np.array_equal(seen[:, 0], frames[:, 0])
+        still = np.abs(seen[:, 1].astype(int) - frames[:, 0]).mean()
+        assert still < 0.97 * np.abs(frames[:, 1].astype(int) - frames[:, 0]).mean()
+        assert np.array_equal(Runner(self.build()).aligned(frames), frames)
+
+    def test_refuses_frames_too_small_to_find_a_shift_in(self):
+        with pytest.raises(StrictDataclassError, match=r"`align_frames` needs frames of at least 16 pixels a side.*8"):
+            quantizer_config(align_frames=True, image_size=8, patch_size=2, bottleneck="query")
