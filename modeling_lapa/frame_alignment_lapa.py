@@ -32,8 +32,7 @@ def camera_shift(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
     On the grey, blurred pictures, from coarse to fine: the best shift of whole pixels at first, then Gauss-Newton steps (Lucas
     and Kanade 1981), with weights (Geman and McClure 1987) that leave out what moves otherwise than the rest: a hand, and what
-    it holds. A still camera gives 0 exactly where
-    nothing but these moves.
+    it holds.
 
     Args:
         first, second: (batch, channels, height, width) float in [0, 1], at least 16 pixels a side.
