@@ -68,7 +68,8 @@ class QuantizerPictures:
     def reconstructions(self) -> str:
         """Columns of first frame, second frame, decoded second frame."""
         chosen = self.sample[:NUM_RECONSTRUCTIONS]
-        first, second = self._pixels(self.first[chosen]), self._pixels(self.second[chosen])
+        pairs = torch.stack((self._pixels(self.first[chosen]), self._pixels(self.second[chosen])), 1)
+        first, second = self.quantizer.align(pairs).unbind(1)
         decoded = self.quantizer.decode(first, torch.from_numpy(self.codes[chosen]))
         rows = [page.to_uint8(frames.numpy()) for frames in (first, second, decoded)]
         return page.png(page.grid([list(row) for row in rows]), PICTURE_SCALE)

@@ -83,7 +83,14 @@ def measure_quantizer(
         "measured_on": measured_on(sample, max_pairs, seed, target, last_episodes),
         "quantizer": {
             name: getattr(config, name)
-            for name in ("quantizer", "codebook_size", "num_latent_tokens", "codebook_dim", "image_size")
+            for name in (
+                "quantizer",
+                "codebook_size",
+                "num_latent_tokens",
+                "codebook_dim",
+                "image_size",
+                "align_frames",
+            )
         },
         "codes": code_statistics(codes, config.codebook_size),
         "reconstruction": reconstruction_summary(reconstruction_errors(runner, sample, codes), sample.group),

@@ -150,7 +150,7 @@ CRITERIA: tuple[Criterion, ...] = (
         good=0.5,
         usable=0.8,
         higher_is_better=False,
-        advice="the codes follow the camera: train with align_frames: true, filter the video, or take sources with a still camera",
+        advice="the codes follow the camera: train with align_frames: true if it was not, filter the video, or take sources with a still camera",
     ),
     Criterion(
         "same_for_all_bodies",

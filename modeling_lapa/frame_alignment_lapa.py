@@ -5,10 +5,10 @@ import torch.nn.functional as F
 
 from lapa.configuration.configuration_lapa_quantizer import MIN_ALIGNED_SIDE
 
-# The shift is looked for from coarse to fine, the finest picture having at most so many pixels along its longer side, the
-# coarsest no less than `MIN_ALIGNED_SIDE` along its shorter one.
+# The shift is looked for from coarse to fine. Along its shorter side the finest picture has at most so many pixels, the coarsest
+# no less than `MIN_ALIGNED_SIDE`.
 FINEST_SIDE = 128
-# Largest shift that is found, as a share of the coarsest picture.
+# Largest shift that is found, as a share of the shorter side of the coarsest picture.
 MAX_SHIFT_SHARE = 0.25
 ITERATIONS_PER_LEVEL = 5
 # Share of the pixels, those with the steepest edges, that the shift is read from: the others say nothing of it.
@@ -17,12 +17,14 @@ EDGE_SHARE = 0.25
 OUTLIER_DISTANCE = 2.0
 # Grey levels in [0, 1] that two pixels may be apart and still be half alike.
 UNLIKE = 0.1
-# Of that measure, what a shift must gain for each pixel that it is long.
+# Of that measure, what a shift of whole pixels must gain for each pixel that it is long.
 PREFER_NEAR = 1e-4
 # Pixels; below this the median is no measure of what is usual.
 MIN_SCALE = 0.02
-# Added to the squared gradients: a picture without edges is not shifted.
-DAMPING = 1e-5
+# Of the squared gradients, added to them: along an edge that is the only one the picture is not shifted.
+DAMPING = 1e-3
+# Standard deviation of grey below which a picture is blank.
+BLANK = 1e-3
 
 
 @torch.no_grad()
@@ -31,29 +33,31 @@ def camera_shift(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     By how far most of the picture moved from the first frame to the second.
 
     On the grey, blurred pictures, from coarse to fine: the best shift of whole pixels at first, then Gauss-Newton steps (Lucas
-    and Kanade 1981), with weights (Geman and McClure 1987) that leave out what moves otherwise than the rest: a hand, and what
-    it holds.
+    and Kanade 1981) for the shift and for a gain and an offset of the light, with weights (Geman and McClure 1987) that leave
+    out what moves otherwise than the rest: a hand, and what it holds.
 
     Args:
         first, second: (batch, channels, height, width) float in [0, 1], at least 16 pixels a side.
 
     Returns:
-        (batch, 2) float32, x to the right and y downwards, in pixels; at most a quarter of the picture.
+        (batch, 2) float32, x to the right and y downwards, in pixels; either at most a quarter of the shorter side. 0 where
+        there is nothing to go by.
     """
-    device = first.device.type
-    with torch.autocast(device, enabled=False):
-        pictures = [_blurred(frames.float().mean(1, keepdim=True)) for frames in (first, second)]
-        step = -(-max(first.shape[-2:]) // FINEST_SIDE)
-        levels = [tuple(F.avg_pool2d(picture, step) if step > 1 else picture for picture in pictures)]
+    with torch.autocast(first.device.type, enabled=False):
+        before, after = (_blurred(frames.float().mean(1, keepdim=True)) for frames in (first, second))
+        step = -(-min(first.shape[-2:]) // FINEST_SIDE)
+        if step > 1:
+            before, after = F.avg_pool2d(before, step), F.avg_pool2d(after, step)
+        levels = [(before, _in_the_light_of(before, after))]
         while min(levels[-1][0].shape[-2:]) >= 2 * MIN_ALIGNED_SIDE:
-            levels.append(tuple(F.avg_pool2d(picture, 2) for picture in levels[-1]))
+            levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
         shift = _best_of_whole_pixels(*levels[-1]) / 2
         for before, after in reversed(levels):
             shift = _refined(before, after, 2 * shift)
-        return shift * step
+        shift = shift * step
+        return torch.where(shift.isfinite().all(1, keepdim=True), shift, 0.0)
 
 
-@torch.no_grad()
 def align_frames(pixel_values: torch.Tensor) -> torch.Tensor:
     """
     Frame pairs whose second frame is moved back onto the first, so that what stood still stands still in them.
@@ -63,11 +67,12 @@ def align_frames(pixel_values: torch.Tensor) -> torch.Tensor:
 
     Returns:
         The same shape and dtype. Where the second frame did not see what the first one shows, the first one's pixels stand.
+        Gradients reach the frames, not through the shift.
     """
     first, second = pixel_values.unbind(1)
     shift = camera_shift(first, second)
     with torch.autocast(first.device.type, enabled=False):
-        moved = _moved(second.float(), shift, "bicubic").clamp(0, 1).to(second.dtype)
+        moved = _moved(second.float(), shift).clamp(0, 1).to(second.dtype)
         height, width = second.shape[-2:]
         x, y = _places(shift, height, width)
         seen = ((y >= -0.5) & (y <= height - 0.5))[:, :, None] & ((x >= -0.5) & (x <= width - 0.5))[:, None, :]
@@ -81,14 +86,22 @@ def _blurred(pictures: torch.Tensor) -> torch.Tensor:
     return F.conv2d(F.pad(pictures, (1, 1, 1, 1), "replicate"), kernel)
 
 
+def _in_the_light_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The second pictures with the mean and the contrast of the first."""
+    mean = [pictures.mean((1, 2, 3), keepdim=True) for pictures in (first, second)]
+    spread = [pictures.std((1, 2, 3), keepdim=True) for pictures in (first, second)]
+    is_seen = torch.minimum(*spread) > BLANK
+    return torch.where(is_seen, (second - mean[1]) * (spread[0] / spread[1].clamp(min=BLANK)) + mean[0], first)
+
+
 def _places(shift: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns (batch, width) and rows (batch, height) of a shifted picture's pixels."""
     columns, rows = (torch.arange(side, dtype=torch.float32, device=shift.device) for side in (width, height))
     return columns + shift[:, :1], rows + shift[:, 1:]
 
 
-def _moved(pictures: torch.Tensor, shift: torch.Tensor, mode: str) -> torch.Tensor:
-    """What `pictures` (batch, channels, height, width) show `shift` pixels further on, their edges repeated."""
+def _moved(pictures: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """What `pictures` (batch, channels, height, width) show `shift` pixels further on, bicubic, their edges repeated."""
     height, width = pictures.shape[-2:]
     x, y = _places(shift, height, width)
     grid = torch.stack(
@@ -98,7 +111,7 @@ def _moved(pictures: torch.Tensor, shift: torch.Tensor, mode: str) -> torch.Tens
         ),
         -1,
     )
-    return F.grid_sample(pictures, grid, mode=mode, padding_mode="border", align_corners=False)
+    return F.grid_sample(pictures, grid, mode="bicubic", padding_mode="border", align_corners=False)
 
 
 def _best_of_whole_pixels(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -110,38 +123,52 @@ def _best_of_whole_pixels(first: torch.Tensor, second: torch.Tensor) -> torch.Te
         """(batch, window * window, height * width): every pixel after every shift, 0 beyond the edge."""
         return F.unfold(F.pad(pictures, (reach, reach, reach, reach)), window)
 
-    squared = (shifted(second) - first.flatten(2)).square()
+    def error(pictures: torch.Tensor) -> torch.Tensor:
+        squared = (pictures - first.flatten(2)).square()
+        # A pixel that is far off says no more than one that is off: it belongs to something that moves.
+        return squared / (squared + UNLIKE**2)
+
     seen = shifted(torch.ones_like(first[:1]))
-    # A pixel that is far off says no more than one that is off: it belongs to something that moves.
-    error = (seen * squared / (squared + UNLIKE**2)).sum(2) / seen.sum(2)
+    # What differs without a shift counts only where the shift, too, compares that pixel of either picture: or the best shift
+    # would be one that moves it out of sight. The opposite shift stands at the mirrored place.
+    gain = (seen * seen.flip(1) * error(second.flatten(2)) - seen * error(shifted(second))).mean(2)
     offsets = torch.arange(-reach, reach + 1, device=first.device)
     offsets = torch.stack((offsets.repeat(window), offsets.repeat_interleave(window)), 1).to(first.dtype)
-    # The nearest of equals.
-    chosen = (error + PREFER_NEAR * offsets.norm(dim=1)).argmin(1)
-    return offsets[chosen]
+    return offsets[(gain - PREFER_NEAR * offsets.norm(dim=1)).argmax(1)]
 
 
 def _refined(first: torch.Tensor, second: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """A better shift (batch, 2) between pictures (batch, 1, height, width)."""
-    dy, dx = torch.gradient(first, dim=(2, 3))
-    # The outermost gradients are one-sided.
-    dx, dy = (gradient[..., 1:-1, 1:-1].flatten(1) for gradient in (dx, dy))
-    edges = (dx.square() + dy.square()).topk(max(1, int(EDGE_SHARE * dx.shape[1])), 1)
-    dx, dy = dx.gather(1, edges.indices), dy.gather(1, edges.indices)
-    steepness = edges.values.sqrt().clamp(min=1e-4)
+    dx = (first[..., 1:-1, 2:] - first[..., 1:-1, :-2]).flatten(1) / 2
+    dy = (first[..., 2:, 1:-1] - first[..., :-2, 1:-1]).flatten(1) / 2
+    steepness, edges = (dx.square() + dy.square()).topk(int(EDGE_SHARE * dx.shape[1]), 1)
+    steepness = steepness.sqrt().clamp(min=1e-4)
+
+    def on_edges(pictures: torch.Tensor) -> torch.Tensor:
+        return pictures[..., 1:-1, 1:-1].flatten(1).gather(1, edges)
+
+    target = on_edges(first)
+    light = target - target.mean(1, keepdim=True)
+    columns = torch.stack((dx.gather(1, edges), dy.gather(1, edges), -light, -torch.ones_like(light)), 1)
+    gain, offset = torch.zeros_like(shift[:, :1]), torch.zeros_like(shift[:, :1])
     limit = MAX_SHIFT_SHARE * min(first.shape[-2:])
     for _ in range(ITERATIONS_PER_LEVEL):
-        error = (_moved(second, shift, "bicubic") - first)[..., 1:-1, 1:-1].flatten(1).gather(1, edges.indices)
+        error = on_edges(_moved(second, shift)) - target - gain * light - offset
         distance = error.abs() / steepness
-        scale = OUTLIER_DISTANCE * distance.median(1, keepdim=True).values.clamp(min=MIN_SCALE)
-        weight = (1 + (distance / scale).square()).square().reciprocal()
-        xx, xy, yy = ((weight * product).sum(1) for product in (dx * dx, dx * dy, dy * dy))
-        ex, ey = ((weight * gradient * error).sum(1) for gradient in (dx, dy))
-        xx, yy = xx + DAMPING, yy + DAMPING
-        determinant = xx * yy - xy * xy
-        change = torch.stack((xy * ey - yy * ex, xy * ex - xx * ey), 1) / determinant[:, None]
+        # Not `median`, which CUDA has no deterministic way for.
+        usual = distance.sort(1).values[:, distance.shape[1] // 2, None]
+        weight = (1 + (distance / (OUTLIER_DISTANCE * usual.clamp(min=MIN_SCALE))).square()).square().reciprocal()
+        weighted = weight[:, None] * columns
+        matrix = weighted @ columns.mT
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        # Of both gradients the same, so that it does not depend on how the picture is turned.
+        steep = diagonal[:, :2].sum(1, keepdim=True).expand(-1, 2)
+        damping = DAMPING * torch.cat((steep, diagonal[:, 2:]), 1) + 1e-6
+        right = weighted @ error[:, :, None]
+        change = -torch.linalg.solve_ex(matrix + torch.diag_embed(damping), right).result[:, :, 0]
+        gain, offset = gain + change[:, 2:3], offset + change[:, 3:]
         # A step that is too long comes of gradients that do not reach so far.
-        shift = (shift + change.clamp(-2, 2)).clamp(-limit, limit)
+        shift = (shift + change[:, :2].clamp(-2, 2)).clamp(-limit, limit)
     return shift
 
 

@@ -14,13 +14,14 @@ class LapaQuantizerOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor`, scalar): Weighted sum of the errors below and the bottleneck's own loss.
         reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Predicted second frame, not
-            clipped to [0, 1].
+            clipped to [0, 1]; with `align_frames` as the first frame's camera would have seen it.
         latent_action_codes (`torch.LongTensor` of shape `(batch, num_latent_tokens)`): In [0, codebook_size); None with
             `quantizer="continuous"`.
         latent_action_embeddings (`torch.FloatTensor` of shape `(batch, num_latent_tokens, codebook_dim)`): Before
             quantisation.
         perplexity (`torch.FloatTensor`, scalar): exp of the entropy of the codes of this batch; None without codes.
-        reconstruction_loss (`torch.FloatTensor`, scalar): Mean squared error to the second frame, in pixels.
+        reconstruction_loss (`torch.FloatTensor`, scalar): Mean squared error to the second frame, in pixels; with
+            `align_frames` to the aligned one.
         feature_loss (`torch.FloatTensor`, scalar): Mean squared error to its features; None without `feature_backbone`.
         action_loss (`torch.FloatTensor`, scalar): Mean squared error of the action head over the pairs that have an
             action, in standardised units; None without `action_dim` or actions.

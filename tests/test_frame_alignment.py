@@ -11,9 +11,11 @@ from lapa.evaluation.demo_settings import DemoSettings
 from lapa.evaluation.demo_stages import make_environment
 from lapa.evaluation.environments.tabletop import CONTROL_FREQUENCY
 from lapa.evaluation.environments.tabletop_recording import record_episode
-from lapa.evaluation.quantizer_report_measures import Runner
+from lapa.evaluation.quantizer_report_measures import Runner, reconstruction_errors
+from lapa.evaluation.quantizer_report_sample import PairSample
 from lapa.modeling_lapa.frame_alignment_lapa import align_frames, camera_shift
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
+from lapa.training.label_latent_actions import hash_weights
 
 GAP = 4
 
@@ -61,7 +63,9 @@ def test_a_still_camera_is_left_alone_whatever_moves_before_it():
     assert (align_frames(pairs) - pairs).abs().max() < 0.01
 
 
-@pytest.mark.parametrize(("size", "shift"), [((64, 96), (5, -7)), ((256, 256), (24, 17)), ((40, 16), (-2, 3))])
+@pytest.mark.parametrize(
+    ("size", "shift"), [((64, 96), (5, -7)), ((256, 256), (24, 17)), ((40, 16), (-2, 3)), ((16, 1024), (-3, 2))]
+)
 def test_undoes_shifts_of_many_pixels_in_any_format(size, shift):
     (x, y), reach = shift, 32
     picture = textured(size[0] + 2 * reach, size[1] + 2 * reach)
@@ -77,14 +81,75 @@ def test_undoes_shifts_of_many_pixels_in_any_format(size, shift):
     left, before = ((frames[0, 1] - frames[0, 0]).abs().mean() for frames in (aligned, pair))
     assert left < 0.1 * before
     # What the second frame did not see is the first one's.
-    unseen = aligned[0, ..., : -x - 1] if x < 0 else aligned[0, ..., 1 - x :]
-    assert unseen.shape[-1] and torch.equal(unseen[1], unseen[0])
+    columns = aligned[0, ..., : -x - 1] if x < 0 else aligned[0, ..., 1 - x :]
+    rows = aligned[0, ..., : -y - 1, :] if y < 0 else aligned[0, ..., 1 - y :, :]
+    for unseen in (columns, rows):
+        assert unseen.numel() and torch.equal(unseen[1], unseen[0])
 
 
 def test_pictures_without_edges_stay_as_they_are():
     blank = torch.stack((torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)), 1)
     assert torch.equal(camera_shift(*blank.unbind(1)), torch.zeros(2, 2))
     assert torch.equal(align_frames(blank), blank)
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(0.8, 0.0), (0.9, 0.1), (1.1, -0.05)])
+def test_light_that_changes_is_no_motion(gain, offset):
+    still = textured(128, 128)
+    assert camera_shift(still[None], (still * gain + offset)[None]).abs().max() < 0.02
+    pairs, moved = simulated_pairs("human_video", 32, num_episodes=3)
+    errors = np.abs(camera_shift(pairs[:, 0], pairs[:, 1] * gain + offset).numpy() - moved)
+    assert np.median(errors) < 0.02 and errors.max() < 0.15
+
+
+def stripes(size: int, angle: float, period: float) -> torch.Tensor:
+    """Sharp stripes (3, size, size): along them no shift can be seen."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    across = columns * np.cos(np.radians(angle)) + rows * np.sin(np.radians(angle))
+    return ((across / period) % 1 < 0.5).float().expand(3, -1, -1)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("angle", [0, 30, 45, 135])
+def test_a_thing_that_moves_before_edges_of_one_direction_is_not_hidden(size, angle):
+    for picture in (stripes(size, angle, size / 6.3), stripes(size, angle, 1.9 * size)):
+        pair = torch.stack((picture, picture))[None].clone()
+        side, way = size // 8, size // 21
+        pair[0, 0, :, 2 : 2 + side, 2 : 2 + side] = 0.5
+        pair[0, 1, :, 2 : 2 + side, 2 + way : 2 + way + side] = 0.5
+        shift = camera_shift(*pair.unbind(1))[0]
+        # Along the stripes only what moves says anything; it is not followed further than it moves, and not out of sight.
+        assert shift.isfinite().all() and shift.norm() < 1.5 * way
+        left, before = ((frames[0, 1] - frames[0, 0]).abs().mean() for frames in (align_frames(pair), pair))
+        assert left > 0.3 * before
+
+
+def test_frames_that_are_no_numbers_stay_so():
+    pair = textured(32, 32).expand(1, 2, -1, -1, -1).clone()
+    pair[0, 1, 0, 5, 5] = torch.nan
+    assert torch.equal(camera_shift(*pair.unbind(1)), torch.zeros(1, 2))
+    assert align_frames(pair)[0, 1].isnan().any()
+
+
+def test_stays_in_range_in_any_precision_and_lets_gradients_through():
+    # Sharp edges, where a bicubic kernel overshoots.
+    pairs = (simulated_pairs("human_video", 32, num_episodes=1)[0] > 0.5).float()
+    aligned = align_frames(pairs)
+    assert aligned.min() >= 0 and aligned.max() <= 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(align_frames(pairs), aligned)
+    pairs.requires_grad_()
+    align_frames(pairs).square().sum().backward()
+    assert (pairs.grad.flatten(2).abs().sum(2) > 0).all()
+
+
+def test_compiles_once_for_all_batch_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(align_frames, backend=counter, fullgraph=True)
+    for size in range(2, 8):
+        compiled(torch.rand(size, 2, 3, 32, 32))
+    assert counter.frame_count <= 2
 
 
 def test_a_pair_alone_is_what_it_is_in_a_batch():
@@ -129,6 +194,35 @@ class TestQuantizer:
         still = np.abs(seen[:, 1].astype(int) - frames[:, 0]).mean()
         assert still < 0.97 * np.abs(frames[:, 1].astype(int) - frames[:, 0]).mean()
         assert np.array_equal(Runner(self.build()).aligned(frames), frames)
+
+    def test_errors_are_those_of_aligned_pairs(self, pairs):
+        frames = (pairs * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        count = len(frames)
+        sample = PairSample(
+            frames=frames,
+            source=np.zeros(count, int),
+            group=np.arange(count),
+            episode=np.arange(count),
+            steps=np.zeros((count, 2), int),
+            target=np.zeros((count, 0)),
+            gripper_change=np.full(count, np.nan),
+            target_names=(),
+            sources=[None],
+            grouping="episodes",
+        )
+        codes = np.zeros((count, 4), int)
+        plain, aligned = (
+            reconstruction_errors(Runner(self.build(align_frames=align)), sample, codes) for align in (False, True)
+        )
+        assert aligned["copy_first_frame"].mean() < 0.97 * plain["copy_first_frame"].mean()
+
+    def test_codes_of_aligned_pairs_are_another_quantizers(self, tmp_path):
+        hashes = []
+        for align in (False, True):
+            self.build(align_frames=align).save_pretrained(tmp_path / str(align))
+            hashes.append(hash_weights(tmp_path / str(align)))
+        weights = [(tmp_path / str(align) / "model.safetensors").read_bytes() for align in (False, True)]
+        assert weights[0] == weights[1] and hashes[0] != hashes[1]
 
     def test_refuses_frames_too_small_to_find_a_shift_in(self):
         with pytest.raises(StrictDataclassError, match=r"`align_frames` needs frames of at least 16 pixels a side.*8"):

@@ -1,6 +1,7 @@
 """Between stages 1 and 2: the quantizer's encoder labels every step of a video with latent action codes."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -165,7 +166,10 @@ def encode_images(
 
 
 def hash_weights(folder: str | Path) -> str:
-    """SHA-256 of a checkpoint's `model.safetensors`: which quantizer made some labels."""
+    """
+    SHA-256 of a checkpoint's `model.safetensors`, and of `align_frames` where its config has that: which quantizer made some
+    labels. No other field that codes depend on can change without the weights.
+    """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} is no quantizer folder: it has no model.safetensors.")
@@ -173,6 +177,9 @@ def hash_weights(folder: str | Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
+    config = path.with_name("config.json")
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("align_frames"):
+        digest.update(b"align_frames")
     return digest.hexdigest()
 
 
