@@ -1,5 +1,10 @@
 """Undoing a camera's motion between the frames of a pair."""
 
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,35 +12,26 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_models import quantizer_config
 
 from lapa import LapaQuantizer
-from lapa.evaluation.demo_settings import DemoSettings
-from lapa.evaluation.demo_stages import make_environment
-from lapa.evaluation.environments.tabletop import CONTROL_FREQUENCY
-from lapa.evaluation.environments.tabletop_recording import record_episode
 from lapa.evaluation.quantizer_report_measures import Runner, reconstruction_errors
 from lapa.evaluation.quantizer_report_sample import PairSample
 from lapa.modeling_lapa.frame_alignment_lapa import align_frames, camera_shift
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
 from lapa.training.label_latent_actions import hash_weights
 
-GAP = 4
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "frame_alignment.py"
 
 
+@cache
 def simulated_pairs(embodiment: str, image_size: int, num_episodes: int = 8) -> tuple[torch.Tensor, np.ndarray]:
     """Pairs (num_pairs, 2, 3, height, width) of the tabletop, and by how many pixels the picture moved: (num_pairs, 2)."""
-    environment = make_environment(DemoSettings(image_size=image_size), embodiment)
-    pairs, moved = [], []
-    for seed in range(num_episodes):
-        episode = record_episode(environment, None, seed, noise=0.3, family="reach")
-        renderer = environment._renderers[image_size]
-        # The renderer draws the camera's place to whole pixels of its finer canvas.
-        scale, fine = renderer._pixels_per_metre, renderer._supersampling
-        places = [environment._shake.offset(step / CONTROL_FREQUENCY) for step in range(len(episode.frames))]
-        pixels = np.array([(-round(place.real * scale), round(place.imag * scale)) for place in places]) / fine
-        for step in range(len(episode.frames) - GAP):
-            pairs.append(episode.frames[[step, step + GAP]])
-            moved.append(pixels[step + GAP] - pixels[step])
-    frames = torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3).float() / 255
-    return frames, np.stack(moved)
+    sys.path.insert(0, str(BENCHMARK.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("frame_alignment", BENCHMARK)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARK.parent))
+    return module.tabletop_pairs(embodiment, image_size, num_episodes)
 
 
 def textured(*size: int) -> torch.Tensor:
@@ -138,7 +134,7 @@ def test_stays_in_range_in_any_precision_and_lets_gradients_through():
     assert aligned.min() >= 0 and aligned.max() <= 1
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(align_frames(pairs), aligned)
-    pairs.requires_grad_()
+    pairs = pairs.clone().requires_grad_()
     align_frames(pairs).square().sum().backward()
     assert (pairs.grad.flatten(2).abs().sum(2) > 0).all()
 
