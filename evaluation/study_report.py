@@ -1,6 +1,7 @@
 """The report of a study: JSON, Markdown, and one HTML page with plots and animations."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,10 @@ def _diagnosis_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def trend_plots(report: Mapping[str, Any]) -> list[Any]:
-    """One SVG per series: success over its values, a line per method and split, with Wilson intervals."""
+    """
+    One SVG per series: success over its values, a line per method and split, with the intervals of the table, a dot per training,
+    and the fitted line, dashed.
+    """
     from lapa.evaluation import report as page
 
     plots = []
@@ -165,12 +169,18 @@ def trend_plots(report: Mapping[str, Any]) -> list[Any]:
         for trend in (trend for trend in report["trends"] if trend["series"] == series):
             values = [point["value"] for point in trend["points"]]
             heights = [100 * point["success"] for point in trend["points"]]
-            errors = [
-                [100 * abs(point["success"] - point["ci95"][end]) for point in trend["points"]] for end in (0, 1)
-            ]
-            style = "-" if trend["split"] == "seen" else "--"
-            axes.errorbar(values, heights, yerr=errors, fmt=f"o{style}", ms=3, lw=1.2, capsize=2,
-                          color=COLOURS[trend["method"]], label=f"{trend['method']}, {trend['split']}")  # fmt: skip
+            ends = [[100 * point["over_seeds"]["ci95"][end] for point in trend["points"]] for end in (0, 1)]
+            errors = [[max(0, sign * (end - height)) for end, height in zip(side, heights)]
+                      for sign, side in zip((-1, 1), ends)]  # fmt: skip
+            colour, marker = COLOURS[trend["method"]], "o" if trend["split"] == "seen" else "s"
+            axes.errorbar(values, heights, yerr=errors, fmt=f"{marker}-", ms=4, lw=1.2, capsize=2, color=colour,
+                          label=f"{report['methods'][trend['method']]}, {trend['split']}")  # fmt: skip
+            if len(report["seeds"]) > 1:
+                dots = [(point["value"], 100 * rate) for point in trend["points"] for rate in point["by_seed"]]
+                axes.plot(*zip(*dots), marker, ms=2.5, color=colour, alpha=0.4)
+            if fit := trend["per_doubling"]:
+                line = [100 * (fit["at_1"] + fit["value"] * math.log2(value)) for value in values]
+                axes.plot(values, line, "--", lw=1, color=colour, alpha=0.7)
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xlabel(series)

@@ -207,7 +207,7 @@ def _trend(
     if len(played) < 2:
         return []
     points = [
-        {"value": value, "success": cell["success"], "ci95": cell["ci95"], "by_seed": cell["by_seed"]}
+        {"value": value} | {name: cell[name] for name in ("success", "ci95", "over_seeds", "by_seed")}
         for value, cell in played.items()
     ]
     trend = {"series": series, "method": method, "column": column, "split": split, "points": points}
@@ -215,7 +215,10 @@ def _trend(
 
 
 def _slope(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Change of the success rate per doubling, least squares over all trainings, with Student's interval."""
+    """
+    Change of the success rate per doubling, least squares over all trainings, with Student's interval; `at_1` is where the line
+    is at 1.
+    """
     from scipy import stats
 
     x = np.log2([point["value"] for point in points for _ in point["by_seed"]])
@@ -224,7 +227,8 @@ def _slope(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     fit = stats.linregress(x, y)
     half = float(stats.t.ppf(0.975, len(x) - 2)) * float(fit.stderr)
-    return {"value": float(fit.slope), "ci95": [float(fit.slope) - half, float(fit.slope) + half]}
+    slope = float(fit.slope)
+    return {"value": slope, "ci95": [slope - half, slope + half], "at_1": float(fit.intercept)}
 
 
 def study_report(plan: Plan, stages: Path) -> dict[str, Any]:

@@ -293,6 +293,9 @@ def test_trends_are_per_doubling(tmp_path):
     (trend,) = trends(Results(plan, stages))
     assert [point["success"] for point in trend["points"]] == [0.2, 0.4, 0.6]
     assert trend["per_doubling"]["value"] == pytest.approx(0.2)
+    first = trend["points"][0]
+    assert trend["per_doubling"]["at_1"] == pytest.approx(0.2 - 0.2 * np.log2(first["value"]))
+    assert first["over_seeds"]["value"] == pytest.approx(0.2)
 
 
 def test_published_numbers_stand_beside_ours(tmp_path):
