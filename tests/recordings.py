@@ -3,7 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from shared_files import shared_path
 
 from lapa.conversion.convert_checkpoints import convert_policy, convert_quantizer, convert_vision_tokenizer
 
+# Removed when the process ends.
+_FOLDER = TemporaryDirectory(prefix="lapa-recordings-")
 
-@cache
+
 def _scratch() -> Path:
-    return Path(mkdtemp(prefix="lapa-recordings-"))
+    return Path(_FOLDER.name)
 
 
 def tensors(name: str) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Tiny random models, one per architecture variant, and inputs that fit them."""
 
 from functools import cache
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -84,16 +84,19 @@ QUANTIZER_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Removed when the process ends.
+_BACKBONE = TemporaryDirectory(prefix="lapa-dinov2-")
+
+
 @cache
 def feature_backbone() -> str:
     """Folder of a tiny random DINOv2."""
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=2, mlp_ratio=2
     )
-    folder = mkdtemp(prefix="lapa-dinov2-")
     torch.manual_seed(0)
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    Dinov2Model(config).save_pretrained(_BACKBONE.name)
+    return _BACKBONE.name
 
 
 def build(kind: str, **changes: Any) -> Any:
