@@ -21,7 +21,7 @@ UNLIKE = 0.1
 PREFER_NEAR = 1e-4
 # Pixels; below this the median is no measure of what is usual.
 MIN_SCALE = 0.02
-# Of the squared gradients, added to them: along an edge that is the only one the picture is not shifted.
+# Of the squared gradients, added to them: along edges that all run one way the shift is not determined.
 DAMPING = 1e-3
 # Standard deviation of grey below which a picture is blank.
 BLANK = 1e-3

@@ -168,7 +168,7 @@ def encode_images(
 def hash_weights(folder: str | Path) -> str:
     """
     SHA-256 of a checkpoint's `model.safetensors`, and of `align_frames` where its config has that: which quantizer made some
-    labels. No other field that codes depend on can change without the weights.
+    labels. Other fields of the config are taken to go with the weights.
     """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
