@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_errors import error_of
 from label_processes import make_clips
 from shared_files import shared_path
 from tiny_models import TINY_VISION_TOKENIZER, build
@@ -292,12 +293,6 @@ def test_epochs_become_steps(place, tmp_path):
     assert pretrain(place, tmp_path / "policy", str(place / "coded"), *more) == 0
     state = json.loads((tmp_path / "policy" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 * (NUM_STEPS - 4) // 4
-
-
-def error_of(capsys, code):
-    lines = capsys.readouterr().err.splitlines()
-    assert code == 2 and "error:" in lines[-1]
-    return lines[-1]
 
 
 def test_labels_that_do_not_go_together_are_refused(place, tmp_path, capsys):

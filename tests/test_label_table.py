@@ -4,11 +4,13 @@ import io
 import json
 import shutil
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_errors import error_of
 from label_processes import make_clips
 from PIL import Image
 from shared_files import shared_path
@@ -20,6 +22,8 @@ from lapa.data.label_table import LabelFolder, label_schema
 from lapa.data.rlds import RldsSource
 from lapa.training import label_script, scripts
 from lapa.training.label_vision import hash_vision_tokenizer, load_vision_tokenizer
+
+label_error = partial(error_of, start="lapa label: error: ")
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +53,6 @@ def bridge(place, tmp_path_factory):
     data = shared_path("data/bridge_rlds/1.0.0")
     assert label(place, output, "--vision_tokenizer", str(place / "policy"), data=data) == 0
     return output
-
-
-def error_of(capsys, code):
-    lines = capsys.readouterr().err.splitlines()
-    assert code == 2 and lines[-1].startswith("lapa label: error: ")
-    return lines[-1]
 
 
 def test_columns_of_real_data(bridge, place):
@@ -181,7 +179,7 @@ def test_a_run_with_other_settings_is_refused(place, tmp_path, capsys):
         (["--dtype", "bfloat16"], "dtype ('bfloat16', not 'float32')"),
         (["--vision_tokenizer", str(place / "vision")], "vision_tokenizer_hash"),
     ):
-        assert f"holds labels made with other settings: {named}" in error_of(
+        assert f"holds labels made with other settings: {named}" in label_error(
             capsys, label(place, output, *CLIPS, *more)
         )
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
@@ -191,9 +189,9 @@ def test_a_run_with_other_settings_is_refused(place, tmp_path, capsys):
 def test_folders_that_hold_something_else_are_refused(place, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    assert "holds no labels, but notes.txt" in error_of(capsys, label(place, tmp_path / "other", *CLIPS))
+    assert "holds no labels, but notes.txt" in label_error(capsys, label(place, tmp_path / "other", *CLIPS))
     (tmp_path / "file").write_text("mine")
-    assert "`output` is a file" in error_of(capsys, label(place, tmp_path / "file", *CLIPS))
+    assert "`output` is a file" in label_error(capsys, label(place, tmp_path / "file", *CLIPS))
     with pytest.raises(ValueError, match=r"holds no labels: it has no labels.json"):
         LabelFolder(tmp_path / "other")
     with pytest.raises(ValueError, match="holds no labels: `path` .*nowhere' is no folder"):
@@ -220,7 +218,7 @@ def test_folders_that_hold_something_else_are_refused(place, tmp_path, capsys):
 )
 def test_bad_arguments(place, tmp_path, capsys, more, named):
     base = () if "--frame_gap" in more or "--frame_gap_seconds" in more else ("--frame_gap", "2")
-    assert named in error_of(capsys, label(place, tmp_path / "labels", "--frequency", "10", *base, *more))
+    assert named in label_error(capsys, label(place, tmp_path / "labels", "--frequency", "10", *base, *more))
 
 
 def test_what_is_not_said_is_as_the_quantizer_was_trained(place, tmp_path):
@@ -248,7 +246,7 @@ def test_mixtures_keep_their_sources_apart(place, tmp_path, capsys):
     assert [source.frame_gap for source in manifest.settings.sources] == [1, 2]
     mixture.write_text(f"- path: {place / 'clips'}\n- path: {place / 'clips'}\n  frame_gap: 3\n")
     code = label(place, tmp_path / "twice", "--frame_gap", "2", "--frequency", "10", data=mixture)
-    assert "names clips twice" in error_of(capsys, code)
+    assert "names clips twice" in label_error(capsys, code)
 
 
 def test_what_cannot_be_read_is_counted_or_stops(place, tmp_path, capsys):
@@ -256,11 +254,13 @@ def test_what_cannot_be_read_is_counted_or_stops(place, tmp_path, capsys):
     (clips / "clip0002" / "img_00004.png").write_bytes(b"no image")
     for workers in ("0", "1"):
         code = label(place, tmp_path / "labels", *CLIPS, "--num_workers", workers, data=clips)
-        assert "clip0002" in error_of(capsys, code)
+        assert "clip0002" in label_error(capsys, code)
     left = [path.name for path in (tmp_path / "labels").rglob("*") if path.is_file()]
     assert "labels.json" in left and not any(name.startswith(".") for name in left)
     skip = (*CLIPS, "--on_error", "skip")
-    assert "1 of 6 episodes could not be read" in error_of(capsys, label(place, tmp_path / "few", *skip, data=clips))
+    assert "1 of 6 episodes could not be read" in label_error(
+        capsys, label(place, tmp_path / "few", *skip, data=clips)
+    )
     assert not LabelManifest.load(tmp_path / "few").complete
     assert label(place, tmp_path / "few", *skip, "--max_skipped", "0.2", data=clips) == 0
     assert "skipped_episodes: unreadable 1" in capsys.readouterr().out

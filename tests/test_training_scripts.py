@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_errors import error_of
 from shared_files import shared_path
 from tfds_files import record_positions, shard_file
 from tiny_models import TINY_QUANTIZER, TINY_VISION_TOKENIZER
@@ -388,17 +389,6 @@ def test_published_rows(tmp_path, capsys):
         assert "row 1: `vision` is missing" in error_of(capsys, getattr(scripts, command)([*arguments, *common]))
 
 
-def error_of(capsys, code):
-    captured = capsys.readouterr()
-    assert code == 2
-    # Progress bars may come before it.
-    lines = captured.err.splitlines()
-    assert "error:" in lines[-1] and captured.err.count("error:") == 1 and "Traceback" not in captured.err, (
-        captured.err
-    )
-    return lines[-1]
-
-
 def test_a_loss_that_is_no_number_names_its_examples_in_every_stage(chain, bridge, tmp_path, capsys):
     """A step so long that the next loss overflows; the data sets are those of the commands."""
     too_long = ["--learning_rate", "1e30", "--logging_steps", "50", "--save_strategy", "no", "--warmup_steps", "0"]
@@ -425,51 +415,6 @@ def test_columns_in_memory_know_their_rows(tmp_path):
     train, held = jsonl_steps(path, "latent").split(1)
     assert train.example_ids == [f"{path}, row {number}" for number in (1, 2, 3)]
     assert held.example_ids == [f"{path}, row 4"]
-
-
-def test_unknown_recipe_key_is_an_error(tmp_path, capsys, bridge):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("max_stepz: 3\n")
-    output = tmp_path / "quantizer"
-    code = scripts.train_quantizer(["--config", str(recipe), "--data", bridge, "--output_dir", str(output)])
-    assert "max_stepz" in error_of(capsys, code)
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--max_stepz", "3"], "max_stepz"),
-        (["--max_steps", "many"], "many"),
-        (["--codebook_update", "never"], "never"),
-        (["--camera", "image_9"], "image_9"),
-        (["--split", "val"], "val"),
-        (["--frame_gap", "0"], "frame_gap"),
-        (["--frame_gap", "10"], "no pair"),
-        (["--frame_gap", "3", "--frame_gap_seconds", "0.6"], "exclude each other"),
-        (["--eval_pairs", "0"], "eval_pairs"),
-        (["--max_steps", "-1"], "max_steps"),
-        (["--max_skipped", "2"], "max_skipped"),
-        (["--quantizer_config", '{"hiden_size": 3}'], "hiden_size"),
-        (["--quantizer_config", '{"hidden_size": "big"}'], "hidden_size"),
-        (["--eval_episodes", "25"], "eval_episodes"),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_episodes"),
-        (["--model", "/nonexistent"], "/nonexistent"),
-        (["--resume_from_checkpoint", "/nonexistent"], "resume_from_checkpoint"),
-    ],
-)
-def test_bad_quantizer_arguments(tmp_path, capsys, bridge, arguments, named):
-    output = tmp_path / "quantizer"
-    base = ["--data", bridge, "--output_dir", str(output), *CPU]
-    if not {"--quantizer_config", "--model"} & set(arguments):
-        base += ["--quantizer_config", json.dumps(TINY_QUANTIZER)]
-    assert named in error_of(capsys, scripts.train_quantizer([*base, *arguments]))
-    assert not list(tmp_path.glob("quantizer/*"))
-
-
-def test_missing_data_is_named(tmp_path, capsys):
-    code = scripts.train_quantizer(["--data", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")])
-    assert "nowhere" in error_of(capsys, code)
 
 
 def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys):
@@ -556,30 +501,3 @@ def test_resume_from_the_last_checkpoint(bridge, tmp_path):
     assert scripts.train_quantizer([*sizes, *batches, "--output_dir", outputs[1], "--max_steps", "2", *last]) == 0
     assert scripts.train_quantizer([*sizes, *batches, "--output_dir", outputs[1], "--max_steps", "4", *last]) == 0
     assert hash_weights(outputs[0]) == hash_weights(outputs[1])
-
-
-RECIPES = sorted(Path(scripts.__file__).parent.joinpath("recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if not path.stem.startswith("mixture_")], ids=str)
-def test_recipes_parse(recipe, tmp_path):
-    """Every key of every recipe is an argument of its command, and its sizes are fields of the config."""
-    from trl import ModelConfig
-
-    from lapa import LapaConfig, LapaQuantizerConfig
-    from lapa.training import arguments, script_arguments
-
-    paths = ["--config", str(recipe), "--data", "x", "--output_dir", str(tmp_path), "--use_cpu"]
-    if "quantizer" in recipe.stem:
-        types = (script_arguments.QuantizerArguments, arguments.LapaQuantizerTrainingArguments)
-    elif "pretrain" in recipe.stem:
-        types = (script_arguments.PretrainArguments, arguments.LapaLatentPretrainingArguments)
-    else:
-        types = (script_arguments.FinetuneArguments, arguments.LapaActionFinetuningArguments, ModelConfig)
-        paths += ["--model", "x"]
-    parsed = scripts.make_parser(types, "lapa").parse_args_and_config(paths)
-    if "quantizer" in recipe.stem:
-        LapaQuantizerConfig(**script_arguments.read_config(parsed[0].quantizer_config, LapaQuantizerConfig, "x"))
-    elif "pretrain" in recipe.stem:
-        LapaConfig(**script_arguments.read_config(parsed[0].policy_config, LapaConfig, "x"))
-    assert parsed[1].max_steps == yaml.safe_load(recipe.read_text())["max_steps"]
