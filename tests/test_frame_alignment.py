@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_models import quantizer_config
 
 from lapa import LapaQuantizer
-from lapa.evaluation.quantizer_report_measures import Runner, reconstruction_errors
+from lapa.evaluation import quantizer_report_figures
+from lapa.evaluation.quantizer_report_measures import Runner, mean_frames, reconstruction_errors
 from lapa.evaluation.quantizer_report_sample import PairSample
 from lapa.modeling_lapa.frame_alignment_lapa import align_frames, camera_shift
 from lapa.modeling_lapa.modeling_lapa_quantizer import LapaQuantizerEncoder
+from lapa.training import quantizer_trainer
+from lapa.training.arguments import LapaQuantizerTrainingArguments
 from lapa.training.label_latent_actions import hash_weights
+from lapa.training.quantizer_trainer import reconstruction_grid
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "frame_alignment.py"
 
@@ -93,6 +98,10 @@ def test_pictures_without_edges_stay_as_they_are():
 def test_light_that_changes_is_no_motion(gain, offset):
     still = textured(128, 128)
     assert camera_shift(still[None], (still * gain + offset)[None]).abs().max() < 0.02
+    far = textured(192, 192)
+    first, second = far[:, 32:160, 32:160], far[:, 12:140, 58:186]
+    found = camera_shift(first[None], (second * gain + offset)[None])[0]
+    assert (found - torch.tensor([-26, 20])).abs().max() < 0.1
     pairs, moved = simulated_pairs("human_video", 32, num_episodes=3)
     errors = np.abs(camera_shift(pairs[:, 0], pairs[:, 1] * gain + offset).numpy() - moved)
     assert np.median(errors) < 0.02 and errors.max() < 0.15
@@ -125,6 +134,9 @@ def test_frames_that_are_no_numbers_stay_so():
     pair[0, 1, 0, 5, 5] = torch.nan
     assert torch.equal(camera_shift(*pair.unbind(1)), torch.zeros(1, 2))
     assert align_frames(pair)[0, 1].isnan().any()
+    swapped = pair.flip(1)
+    assert torch.equal(camera_shift(*swapped.unbind(1)), torch.zeros(1, 2))
+    assert torch.equal(align_frames(swapped)[0, 1], swapped[0, 1])
 
 
 def test_stays_in_range_in_any_precision_and_lets_gradients_through():
@@ -191,11 +203,10 @@ class TestQuantizer:
         assert still < 0.97 * np.abs(frames[:, 1].astype(int) - frames[:, 0]).mean()
         assert np.array_equal(Runner(self.build()).aligned(frames), frames)
 
-    def test_errors_are_those_of_aligned_pairs(self, pairs):
-        frames = (pairs * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
-        count = len(frames)
-        sample = PairSample(
-            frames=frames,
+    def sample(self, pairs: torch.Tensor) -> PairSample:
+        count = len(pairs)
+        return PairSample(
+            frames=(pairs * 255).round().byte().permute(0, 1, 3, 4, 2).numpy(),
             source=np.zeros(count, int),
             group=np.arange(count),
             episode=np.arange(count),
@@ -203,14 +214,49 @@ class TestQuantizer:
             target=np.zeros((count, 0)),
             gripper_change=np.full(count, np.nan),
             target_names=(),
-            sources=[None],
+            sources=[SimpleNamespace(embodiment="hand")],
             grouping="episodes",
         )
-        codes = np.zeros((count, 4), int)
-        plain, aligned = (
-            reconstruction_errors(Runner(self.build(align_frames=align)), sample, codes) for align in (False, True)
-        )
+
+    def test_errors_are_those_of_aligned_pairs(self, pairs):
+        sample, codes = self.sample(pairs), np.zeros((len(pairs), 4), int)
+        runners = [Runner(self.build(align_frames=align)) for align in (False, True)]
+        plain, aligned = (reconstruction_errors(runner, sample, codes) for runner in runners)
         assert aligned["copy_first_frame"].mean() < 0.97 * plain["copy_first_frame"].mean()
+        expected = runners[1].aligned(sample.frames)[:, 1].mean(0) / 255
+        assert np.allclose(mean_frames(runners[1], sample)[0], expected)
+
+    def test_a_report_shows_aligned_pairs(self, pairs, monkeypatch):
+        sample, codes = self.sample(pairs), np.zeros((len(pairs), 4), int)
+        runner, shown = Runner(self.build(align_frames=True)), []
+        monkeypatch.setattr(quantizer_report_figures, "_labelled_grid", lambda rows, names: shown.extend(rows))
+        measured = SimpleNamespace(sample=sample, encoded=SimpleNamespace(codes=codes), runner=runner)
+        quantizer_report_figures.reconstructions(measured)
+        rows = quantizer_report_figures.spread_rows(measured, len(shown[0]))
+        seen = runner.aligned(sample.frames[rows])
+        assert np.array_equal(shown[0], seen[:, 0]) and np.array_equal(shown[1], seen[:, 1])
+        assert not np.array_equal(shown[1], sample.frames[rows, 1])
+
+    def test_a_training_draws_aligned_pairs(self, pairs, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(
+            quantizer_trainer,
+            "reconstruction_grid",
+            lambda frames, decoded: drawn.append(frames) or reconstruction_grid(frames, decoded),
+        )
+        dataset = [{"frames": (pair * 255).round().byte(), "example_id": ""} for pair in pairs]
+        arguments = LapaQuantizerTrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            num_sample_reconstructions=4,
+        )
+        trainer = quantizer_trainer.LapaQuantizerTrainer(self.build(align_frames=True), arguments, dataset)
+        trainer.train()
+        (frames,) = drawn
+        assert camera_shift(*frames.unbind(1)).abs().max() < 0.1 < camera_shift(*pairs[:4].unbind(1)).abs().max()
 
     def test_codes_of_aligned_pairs_are_another_quantizers(self, tmp_path):
         hashes = []

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import crashing_jobs
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("gymnasium")
@@ -71,6 +73,23 @@ def test_every_study_of_the_package_loads_and_plans(name):
     assert plan.entries
     for job in plan.jobs.values():
         assert set(job.inputs.values()) <= set(plan.jobs)
+    # What nothing waits for takes no slot from what others wait for.
+    assert list(plan.jobs)[-3:] == list(plan.baselines.values())
+
+
+def test_an_image_tokenizer_encodes_where_it_was_trained(tmp_path, monkeypatch):
+    recording = SimpleNamespace(frames=np.zeros((2, 16, 16, 3), np.uint8))
+    monkeypatch.setattr(type(study_worlds.WORLDS["metaworld"]), "record", lambda self, *a, **k: recording)
+    monkeypatch.setattr(study_jobs, "train_vision_tokenizer", lambda *a: [{"loss": 0.0}])
+    tokenizer, devices = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(study_jobs.LapaVisionTokenizer, "from_pretrained", lambda folder: tokenizer)
+    monkeypatch.setattr(
+        study_jobs.stages,
+        "encode_frames",
+        lambda frames, model: devices.append(model.weight.device.type) or np.zeros((2, 4), int),
+    )
+    study_jobs.vision_tokenizer(Work.of(tmp_path, {"world": "metaworld", "families": ["reach"]}, {}, Machine("meta")))
+    assert devices == ["meta"]
 
 
 def test_a_quick_variant_is_smaller_and_has_a_name_of_its_own():
