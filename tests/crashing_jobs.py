@@ -12,6 +12,11 @@ def do(folder: Path, kind: str, settings: Any, inputs: Any, machine: Any) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     first = not (folder / "begun").exists()
     (folder / "begun").touch()
+    if kind == "labelled" and first:
+        # The video is given to a worker beside this one. Had that not begun it yet, it would crash alone afterwards, and be blamed.
+        deadline = time.monotonic() + 60
+        while not list(folder.parent.glob("video-*/begun")) and time.monotonic() < deadline:
+            time.sleep(0.05)
     if kind == "labelled" or (kind == "video" and first):
         time.sleep(0.3)
         os._exit(9)
