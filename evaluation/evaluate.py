@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lapa.data.atomic_files import write_atomically
-from lapa.evaluation.environment_pool import CRASHED, HUNG, EnvironmentPool
+from lapa.evaluation.environment_pool import CRASHED, HUNG, EnvironmentPool, Start
 from lapa.evaluation.policies import NamedPolicy
 from lapa.evaluation.rollout import Rollout, derived_seed, roll_out
 from lapa.evaluation.statistics import success_cell
@@ -27,7 +27,8 @@ class EvaluationSettings:
 
     Args:
         rollouts (`int`, *optional*): Episodes per cell; the suite's own number when None.
-        num_environments (`int`): Played side by side, and committed together.
+        num_environments (`int`): Played side by side, and committed together: of one cell, or of several whose environments
+            have the same options.
         num_processes (`int`, *optional*): Processes of the environments; 0 plays them in this one, where a hang is not
             noticed. What suits the environment when None, see `Suite.num_processes`.
         timeout (`float`): Seconds that a step may take before its environment counts as hung.
@@ -51,7 +52,7 @@ class EvaluationSettings:
 
 class RolloutLog:
     """
-    Rollouts of a run on disk, a line per group of episodes that were played together.
+    Rollouts of a run on disk, a line per group of episodes of a cell that were played together.
 
     A line is written whole, with its newline last: one that a kill cut short is dropped, and its episodes are played again.
 
@@ -125,6 +126,19 @@ def read_entries(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
     return {(entry["cell"], entry["start"]): entry["rollouts"] for entry in map(json.loads, lines)}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Episodes of a cell, from number `start` on; a line of the log."""
+
+    cell: Cell
+    start: int
+    episodes: list[Start]
+
+
+# Parts that are played side by side.
+_Wave = list[_Part]
+
+
 @dataclass
 class Evaluation:
     """
@@ -154,47 +168,75 @@ class Evaluation:
 
     def run(self, show_progress: bool = True) -> None:
         """Plays what is not played yet."""
-        for cell, parts in self._missing():
-            size = min(self.settings.num_environments, max(len(episodes) for _, episodes in parts))
-            asked = self.settings.num_processes
-            processes = self.suite.num_processes() if asked is None else asked
-            pool = EnvironmentPool(self.suite.make(cell), size, processes, self.settings.timeout)
+        asked = self.settings.num_processes
+        processes = self.suite.num_processes() if asked is None else asked
+        for waves in self._missing():
+            sizes = [sum(len(part.episodes) for part in wave) for wave in waves]
+            make = self.suite.make(waves[0][0].cell)
             with (
-                pool,
-                tqdm(
-                    total=sum(len(e) for _, e in parts),
-                    desc=f"{self.policy.name}: {cell.name}",
-                    disable=not show_progress,
-                ) as bar,
+                EnvironmentPool(make, max(sizes), processes, self.settings.timeout) as pool,
+                tqdm(total=sum(sizes), disable=not show_progress) as bar,
             ):
-                for start, episodes in parts:
-                    self._play(pool, cell, start, episodes)
-                    bar.update(len(episodes))
+                for wave, size in zip(waves, sizes):
+                    names = list(dict.fromkeys(part.cell.name for part in wave))
+                    several = f" to {names[-1]}" if len(names) > 1 else ""
+                    bar.set_description(f"{self.policy.name}: {names[0]}{several}")
+                    self._play(pool, wave)
+                    bar.update(size)
 
-    def _missing(self) -> Iterator[tuple[Cell, list[tuple[int, list[tuple[str, int]]]]]]:
-        """Cells with their groups of episodes that are played together and are not in the log."""
+    def _missing(self) -> Iterator[list[_Wave]]:
+        """Waves that are not in the log, those that the same environments can play together."""
+        cells: list[list[Cell]] = []
         for cell in self.suite.cells:
-            episodes = self.suite.episodes(cell, self.settings.rollouts)
-            size = self.settings.num_environments
-            parts = [
-                (start, episodes[start : start + size])
-                for start in range(0, len(episodes), size)
-                if self.log.get(cell, start) is None
+            if self.policy.mixes and cells and cells[-1][0].options == cell.options:
+                cells[-1].append(cell)
+            else:
+                cells.append([cell])
+        for alike in cells:
+            missing = [
+                wave
+                for wave in self._waves(alike)
+                if any(self.log.get(part.cell, part.start) is None for part in wave)
             ]
-            if parts:
-                yield cell, parts
+            if missing:
+                yield missing
 
-    def _play(self, pool: EnvironmentPool, cell: Cell, start: int, episodes: list[tuple[str, int]]) -> None:
+    def _waves(self, cells: Sequence[Cell]) -> list[_Wave]:
+        """
+        What is played side by side. It does not depend on the log: a run that was interrupted plays a wave anew with the same
+        episodes beside each other, as another size of the batch may change the last bits of what a policy computes.
+        """
+        waves: list[_Wave] = []
+        room = 0
+        for cell in cells:
+            episodes = self.suite.episodes(cell, self.settings.rollouts)
+            for start in range(0, len(episodes), self.settings.num_environments):
+                part = _Part(cell, start, episodes[start : start + self.settings.num_environments])
+                if len(part.episodes) > room:
+                    waves.append([])
+                    room = self.settings.num_environments
+                waves[-1].append(part)
+                room -= len(part.episodes)
+        return waves
+
+    def _play(self, pool: EnvironmentPool, wave: _Wave) -> None:
+        seed, first = self.settings.seed, wave[0]
         # A resumed run must draw what an uninterrupted one draws: the seed belongs to the episodes.
-        self.policy.reseed(derived_seed(self.settings.seed, cell.name, start) % 2**32)
+        self.policy.reseed(derived_seed(seed, first.cell.name, first.start) % 2**32)
         if self.policy.draws is not None:
-            self.policy.draws.reseed(derived_seed(self.settings.seed, cell.name))
-        shown = [number for number in range(len(episodes)) if start + number < self.settings.num_shown]
+            self.policy.draws.reseed([derived_seed(seed, part.cell.name) for part in wave for _ in part.episodes])
+        episodes = [episode for part in wave for episode in part.episodes]
+        numbers = [(part, part.start + place) for part in wave for place in range(len(part.episodes))]
+        shown = [slot for slot, (_, number) in enumerate(numbers) if number < self.settings.num_shown]
         rollouts = roll_out(pool, self.policy.controller, episodes, shown, description=None)
-        for number in shown:
-            if rollouts[number].frames:
-                self._write_gif(cell, start + number, rollouts[number])
-        self.log.add(cell, start, rollouts)
+        for slot in shown:
+            if rollouts[slot].frames:
+                part, number = numbers[slot]
+                self._write_gif(part.cell, number, rollouts[slot])
+        for part in wave:
+            played, rollouts = rollouts[: len(part.episodes)], rollouts[len(part.episodes) :]
+            if self.log.get(part.cell, part.start) is None:
+                self.log.add(part.cell, part.start, played)
 
     def _write_gif(self, cell: Cell, number: int, rollout: Rollout) -> None:
         from lapa.evaluation.report import gif_bytes

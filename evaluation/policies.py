@@ -44,6 +44,11 @@ class NamedPolicy:
     randomness: Any
     draws: EpisodeDraws | None = None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether what it does in an episode does not depend on the episodes beside it, so that any may be played together."""
+        return self.draws is not None or self.randomness is _no_draws
+
     def reseed(self, seed: int) -> None:
         """Makes the draws of the next episodes depend on `seed` alone."""
         self.randomness(seed)
@@ -161,7 +166,7 @@ def _open_model(
         "replan_every": replan_every,
         "generation": options,
     }
-    return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
+    return NamedPolicy(name, controller, identity, torch.manual_seed if draws else _no_draws, draws)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -219,7 +224,7 @@ def _open_decoder(name: str, action_dim: int, device: str | None, options: Mappi
         "generation": options,
     }
     controller = PolicyController(policy, policy.model.config.use_proprio, draws)
-    return NamedPolicy(name, controller, identity, torch.manual_seed, draws)
+    return NamedPolicy(name, controller, identity, torch.manual_seed if draws else _no_draws, draws)
 
 
 def _check_action_dim(name: str, model: int, environment: int) -> None:

@@ -55,21 +55,22 @@ class EpisodeDraws:
     played beside it nor on which of them still run.
 
     Args:
-        seed: Of all draws.
+        seed: Of all draws, or one per environment.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int | Sequence[int] = 0) -> None:
         self.seed = seed
         self._generators: dict[int, np.random.Generator] = {}
 
-    def reseed(self, seed: int) -> None:
-        """Makes the draws of episodes that begin from now on depend on another seed."""
+    def reseed(self, seed: int | Sequence[int]) -> None:
+        """Makes the draws of episodes that begin from now on depend on another seed, or on one per environment."""
         self.seed = seed
 
     def begin(self, slot: int, episode: Start) -> None:
         """An episode starts in an environment."""
         task, start = episode
-        self._generators[slot] = np.random.default_rng(derived_seed(self.seed, task, start))
+        seed = self.seed if isinstance(self.seed, int) else self.seed[slot]
+        self._generators[slot] = np.random.default_rng(derived_seed(seed, task, start))
 
     def of(self, slots: Sequence[int]) -> list[np.random.Generator]:
         """Generators of the episodes that run in some environments."""

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 from lapa.cli import main
-from lapa.evaluation.evaluate import RolloutLog
+from lapa.evaluation import evaluate as evaluate_module
+from lapa.evaluation.environment_pool import EnvironmentPool
+from lapa.evaluation.evaluate import Evaluation, EvaluationSettings, RolloutLog
+from lapa.evaluation.policies import NamedPolicy
+from lapa.evaluation.rollout import EpisodeDraws, PolicyController, RandomActions
 from lapa.evaluation.suites import load_suite, suite_names
 from lapa.serving.client import RemotePolicy, decode_action, encode_array
 
@@ -116,6 +120,59 @@ def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, c
     assert evaluate(suite, "random", output, *options) == 0
     assert evaluate(suite, "random", tmp_path / "whole", *options[:5]) == 0
     assert (output / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+
+
+def played_with(suite, output, num_environments):
+    """The report of random actions, all these actions, and how large the pools of environments were."""
+    sizes, actions = [], []
+
+    class Counted(EnvironmentPool):
+        def __init__(self, make, size, *more):
+            sizes.append(size)
+            super().__init__(make, size, *more)
+
+    class Noted(RandomActions):
+        def act(self, images, instructions, draws):
+            drawn = super().act(images, instructions, draws)
+            actions.extend(map(tuple, drawn.tolist()))
+            return drawn
+
+    draws = EpisodeDraws()
+    controller = PolicyController(Noted(2), draws=draws)
+    policy = NamedPolicy("random", controller, {"policy": "random"}, lambda seed: None, draws)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "EnvironmentPool", Counted)
+        settings = EvaluationSettings(num_environments=num_environments, num_shown=0)
+        evaluation = Evaluation(load_suite(suite), policy, output, settings)
+        evaluation.run(show_progress=False)
+    return evaluation.report(), sorted(actions), sizes
+
+
+def test_cells_of_equal_options_are_played_side_by_side(suite, tmp_path):
+    *alone, sizes = played_with(suite, tmp_path / "alone", 6)
+    assert sizes == [6, 6]
+    *together, sizes = played_with(suite, tmp_path / "together", 13)
+    assert sizes == [12, 6]
+    assert together == alone and together[0]["complete"]
+    logs = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("alone", "together")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    # What was lost after the first of two cells that were played together is played again beside it, and nothing twice.
+    (tmp_path / "together" / "rollouts.jsonl").write_text(logs[1].splitlines(keepends=True)[0])
+    again, _, sizes = played_with(suite, tmp_path / "together", 13)
+    assert sizes == [12, 6]
+    assert again == alone[0] and (tmp_path / "together" / "rollouts.jsonl").read_text() == logs[0]
+
+
+def test_a_policy_whose_draws_are_of_the_batch_plays_every_cell_by_itself(suite, tmp_path):
+    class Still:
+        def act(self, images, instructions):
+            return np.zeros((len(images), 2), np.float32)
+
+    seeds: list[int] = []
+    policy = NamedPolicy("still", PolicyController(Still()), {"policy": "still"}, seeds.append)
+    evaluation = Evaluation(load_suite(suite), policy, tmp_path / "out")
+    evaluation.run(show_progress=False)
+    assert len(set(seeds)) == 3 and evaluation.report()["complete"]
 
 
 def test_the_number_of_processes_suits_the_environment(suite, tmp_path):
