@@ -28,7 +28,7 @@ class EvaluationSettings:
     Args:
         rollouts (`int`, *optional*): Episodes per cell; the suite's own number when None.
         num_environments (`int`): Played side by side, and committed together: of one cell, or of several whose environments
-            have the same options.
+            have the same options, where they may be mixed.
         num_processes (`int`, *optional*): Processes of the environments; 0 plays them in this one, where a hang is not
             noticed. What suits the environment when None, see `Suite.num_processes`.
         timeout (`float`): Seconds that a step may take before its environment counts as hung.
@@ -167,7 +167,7 @@ class Evaluation:
         )
 
     def run(self, show_progress: bool = True) -> None:
-        """Plays what is not played yet."""
+        """Plays what is not played yet, and what belongs beside it."""
         asked = self.settings.num_processes
         processes = self.suite.num_processes() if asked is None else asked
         for waves in self._missing():
@@ -186,9 +186,10 @@ class Evaluation:
 
     def _missing(self) -> Iterator[list[_Wave]]:
         """Waves that are not in the log, those that the same environments can play together."""
+        mixes = self.policy.mixes and self.suite.mixes_tasks()
         cells: list[list[Cell]] = []
         for cell in self.suite.cells:
-            if self.policy.mixes and cells and cells[-1][0].options == cell.options:
+            if mixes and cells and cells[-1][0].options == cell.options:
                 cells[-1].append(cell)
             else:
                 cells.append([cell])
@@ -227,7 +228,9 @@ class Evaluation:
             self.policy.draws.reseed([derived_seed(seed, part.cell.name) for part in wave for _ in part.episodes])
         episodes = [episode for part in wave for episode in part.episodes]
         numbers = [(part, part.start + place) for part in wave for place in range(len(part.episodes))]
-        shown = [slot for slot, (_, number) in enumerate(numbers) if number < self.settings.num_shown]
+        new = [part for part in wave if self.log.get(part.cell, part.start) is None]
+        num_shown = self.settings.num_shown
+        shown = [slot for slot, (part, number) in enumerate(numbers) if part in new and number < num_shown]
         rollouts = roll_out(pool, self.policy.controller, episodes, shown, description=None)
         for slot in shown:
             if rollouts[slot].frames:
@@ -235,7 +238,7 @@ class Evaluation:
                 self._write_gif(part.cell, number, rollouts[slot])
         for part in wave:
             played, rollouts = rollouts[: len(part.episodes)], rollouts[len(part.episodes) :]
-            if self.log.get(part.cell, part.start) is None:
+            if part in new:
                 self.log.add(part.cell, part.start, played)
 
     def _write_gif(self, cell: Cell, number: int, rollout: Rollout) -> None:

@@ -143,7 +143,7 @@ class MetaWorld(World):
     splits = ("seen",)
     families = tuple(INSTRUCTIONS)
     reads = ("image_size", "families", "expert_noise", "action_repeat", "max_steps")
-    side_by_side = 60
+    side_by_side = 30  # 0.1 GB each
 
     def frequency(self, settings: "StudySettings") -> float:
         """See `World.frequency`."""

@@ -103,6 +103,10 @@ class Suite:
             return self.processes
         return (os.cpu_count() or 1) if _environment_class(self.environment).is_fragile else 0
 
+    def mixes_tasks(self) -> bool:
+        """Whether its environments may play different tasks side by side."""
+        return bool(_environment_class(self.environment).mixes_tasks)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form: what a result depends on."""
         values = asdict(self)
@@ -170,6 +174,8 @@ def _suite(name: str, values: Any, where: str) -> Suite:
         if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks or set(entry) - {"tasks", "options"}:
             raise ValueError(f"{where}: `cells.{group}` must have a list of `tasks` and may have `options`, no more.")
         options = {**(values.get("options") or {}), **(entry.get("options") or {})}
+        if len(set(map(str, tasks))) < len(tasks):
+            raise ValueError(f"{where}: `cells.{group}.tasks` names a task twice: {', '.join(map(str, tasks))}.")
         cells += [Cell(str(group), str(task), options) for task in tasks]
     return Suite(
         name,

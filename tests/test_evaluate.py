@@ -16,6 +16,8 @@ import pytest
 from lapa.cli import main
 from lapa.evaluation import evaluate as evaluate_module
 from lapa.evaluation.environment_pool import EnvironmentPool
+from lapa.evaluation.environments.gymnasium_adapter import GymnasiumEvaluation
+from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings, RolloutLog
 from lapa.evaluation.policies import NamedPolicy
 from lapa.evaluation.rollout import EpisodeDraws, PolicyController, RandomActions
@@ -122,7 +124,7 @@ def test_interrupted_it_prints_the_table_so_far_and_goes_on(processes, number, c
     assert (output / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
 
 
-def played_with(suite, output, num_environments):
+def played_with(suite, output, num_environments, num_shown=0):
     """The report of random actions, all these actions, and how large the pools of environments were."""
     sizes, actions = [], []
 
@@ -142,7 +144,7 @@ def played_with(suite, output, num_environments):
     policy = NamedPolicy("random", controller, {"policy": "random"}, lambda seed: None, draws)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "EnvironmentPool", Counted)
-        settings = EvaluationSettings(num_environments=num_environments, num_shown=0)
+        settings = EvaluationSettings(num_environments=num_environments, num_shown=num_shown)
         evaluation = Evaluation(load_suite(suite), policy, output, settings)
         evaluation.run(show_progress=False)
     return evaluation.report(), sorted(actions), sizes
@@ -161,6 +163,27 @@ def test_cells_of_equal_options_are_played_side_by_side(suite, tmp_path):
     again, _, sizes = played_with(suite, tmp_path / "together", 13)
     assert sizes == [12, 6]
     assert again == alone[0] and (tmp_path / "together" / "rollouts.jsonl").read_text() == logs[0]
+
+
+def test_animations_of_episodes_that_are_in_the_log_stay(suite, tmp_path):
+    played_with(suite, tmp_path / "out", 12, num_shown=1)
+    log = tmp_path / "out" / "rollouts.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    pictures = {path.name: path for path in (tmp_path / "out" / "rollouts").iterdir()}
+    assert len(pictures) == 3
+    for path in pictures.values():
+        path.write_bytes(b"as it was")
+    played_with(suite, tmp_path / "out", 12, num_shown=1)
+    kept = [name for name, path in pictures.items() if path.read_bytes() == b"as it was"]
+    assert kept == ["seen-reach-000.gif"]
+
+
+def test_environments_that_leave_traces_play_one_task_at_a_time(suite, tmp_path, monkeypatch):
+    # Gymnasium's, and whatever else draws with the context of the environment that was made last.
+    assert not GymnasiumEvaluation.mixes_tasks
+    monkeypatch.setattr(TabletopEvaluation, "mixes_tasks", False)
+    *_, sizes = played_with(suite, tmp_path / "out", 13)
+    assert sizes == [6, 6, 6]
 
 
 def test_a_policy_whose_draws_are_of_the_batch_plays_every_cell_by_itself(suite, tmp_path):
@@ -244,6 +267,7 @@ def test_suites_load_and_their_starts_do_not_depend_on_the_table():
         (("environment: tabletop", "environment: moon"), "`environment` must be one of"),
         (("rollouts: 6", "rollouts: 0"), "`rollouts` must be a whole number from 1"),
         (("tasks: [reach],", ""), "must have a list of `tasks`"),
+        (("tasks: [reach],", "tasks: [reach, reach],"), "`cells.unseen.tasks` names a task twice: reach, reach"),
         (("first_seed: 7000", "seed: 1"), "must be a mapping with"),
         (("first_seed: 7000", "first_seed: 7000\nprocesses: -1"), "`processes` must be a whole number from 0, got -1"),
     ],

@@ -47,11 +47,14 @@ class EvaluationEnvironment(ABC):
             are drawn between them.
         is_fragile (`bool`): Whether it may hang or take its process with it, as a simulator with native code may. Unless a
             suite or the user says otherwise, such an environment is played in processes of its own.
+        mixes_tasks (`bool`): Whether environments of one process may play different tasks at a time without a trace in what
+            they show. Renderers of one OpenGL context at a time may draw one task with the meshes of another, and say nothing.
     """
 
     action_dim: int
     action_bounds: Bounds = (-1.0, 1.0)
     is_fragile: bool = True
+    mixes_tasks: bool = False
 
     @abstractmethod
     def start(self, task: str, seed: int) -> Observation:

@@ -92,6 +92,8 @@ class MetaWorldEvaluation(EvaluationEnvironment):
     """
 
     action_dim = 4
+    # Its context is made current for every picture, see `_take_context`.
+    mixes_tasks = True
 
     def __init__(
         self, image_size: int = 128, max_steps: int = 500, camera: str = CAMERA, action_repeat: int = 1

@@ -19,6 +19,7 @@ class TabletopEvaluation(EvaluationEnvironment):
 
     action_dim = 2
     is_fragile = False
+    mixes_tasks = True
 
     def __init__(self, **options: Any) -> None:
         self.environment = TabletopEnvironment(**options)
