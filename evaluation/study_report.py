@@ -186,7 +186,8 @@ def trend_plots(report: Mapping[str, Any]) -> list[Any]:
         axes.set_xlabel(series)
         axes.set_ylabel("success, %")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=7)
+        # Beside lines that may lie anywhere no place within the axes is free.
+        axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         plots.append(page.svg(figure))
     return plots
 
