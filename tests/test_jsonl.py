@@ -11,6 +11,7 @@ from shared_files import shared_path
 
 from lapa.data.jsonl import MAX_ROW_BYTES, PublishedRow, read_rows, write_action_rows, write_latent_rows
 from lapa.data.schema import ReadError
+from lapa.training.sources import jsonl_steps
 
 LATENT = {"vision": [1, 2], "instruction": "push", "delta": ["3", "0"]}
 ACTION = {"vision": [1, 2], "instruction": "push", "raw_actions": ["0.5", 1], "action": [3, -1]}
@@ -218,3 +219,12 @@ def test_nothing_half_written_stays(tmp_path):
     with pytest.raises(ValueError, match="without `vision_codes`"):
         write_action_rows(path, [PublishedRow("push", action=np.ones(1), action_tokens=np.ones(1))])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_columns_in_memory_know_their_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = json.loads(shared_path("fixtures/data/latent.jsonl").read_text().splitlines()[0])
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    train, held = jsonl_steps(path, "latent").split(1)
+    assert train.example_ids == [f"{path}, row {number}" for number in (1, 2, 3)]
+    assert held.example_ids == [f"{path}, row 4"]

@@ -1,58 +1,27 @@
-"""Studies: what is shared between trainings, what a report says, and that a failure costs only what depends on it."""
+"""Studies: what is shared between trainings, what its jobs do, and what a report says."""
 
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import crashing_jobs
 import numpy as np
 import pytest
 import torch
-import yaml
+from study_cases import TINY, write
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("pymunk")
 
 from lapa.configuration.configuration_lapa import LapaConfig
-from lapa.evaluation import evaluate_cli, study_cli, study_jobs, study_playing, study_runner, study_worlds
+from lapa.evaluation import evaluate_cli, study_cli, study_jobs, study_playing, study_worlds
 from lapa.evaluation.study import METHODS, StudySettings, is_study, load_study, study_names
 from lapa.evaluation.study_checks import check_models
 from lapa.evaluation.study_plan import READS, Machine, Plan
 from lapa.evaluation.study_report import COLOURS, markdown, table_rows, write_study_report
-from lapa.evaluation.study_runner import DONE, Runner, locked
+from lapa.evaluation.study_runner import DONE, Runner
 from lapa.evaluation.study_table import Results, study_report, trends
 from lapa.evaluation.study_work import Work
 from lapa.training.label_latent_actions import hash_weights
-
-TINY = {
-    "families": ["reach", "separate"],
-    "thresholds": {"separate": 0.14},
-    "video_episodes": {"reach": 3, "separate": 2},
-    "labelled_episodes_per_family": 2,
-    "held_out_episodes": 1,
-    "quantizer_steps": 2,
-    "pretraining_steps": 2,
-    "inverse_dynamics_steps": 2,
-    "finetuning_candidates": [[2, 1e-3]],
-    "temperatures": [1.0],
-    "validation_rollouts": 1,
-    "rollouts_per_family": 2,
-}
-STUDY = {
-    "title": "tiny",
-    "seeds": [1],
-    "settings": TINY,
-    "columns": {"in-domain": {"video": "arm", "labelled": "all"}},
-    "methods": ["scratch", "lapa"],
-    "splits": ["seen"],
-}
-
-
-def write(folder, **changes):
-    """A study file."""
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(STUDY | changes), encoding="utf-8")
-    return str(path)
 
 
 def arguments(folder, suite, *more):
@@ -325,68 +294,6 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     report = study_report(plan, stages)
     assert "| LAPA (published) | 62.0 |" in markdown(report)
     assert "62.0" not in json.dumps(report["cells"])
-
-
-def test_two_runs_do_not_share_a_folder_at_a_time(tmp_path):
-    with locked(tmp_path / "stages"), pytest.raises(ValueError, match="in use by another run"):
-        with locked(tmp_path / "stages"):
-            pass
-
-
-def test_a_failure_costs_what_depends_on_it(tmp_path):
-    """A real run, tiny: the quantizer cannot be made, Scratch is trained, played and reported all the same."""
-    settings = TINY | {"quantizer_options": {"bottleneck": "by post"}}
-    plan, stages = Plan(load_study(write(tmp_path, settings=settings))), tmp_path / "stages"
-    runner = Runner(plan, stages, 1)
-    runner.run()
-    (failed,) = runner.failed
-    assert failed.startswith("quantizer")
-    assert "bottleneck" in next(stages.glob("quantizer-*/error.txt")).read_text(encoding="utf-8")
-    report = study_report(plan, stages)
-    assert set(report["cells"]) == {"scratch/in-domain/seen"}
-    assert report["cells"]["scratch/in-domain/seen"]["rollouts"] == 4
-    assert report["missing"] == ["lapa in-domain seed 1"]
-    (error,) = report["failed"].values()
-    assert list(report["failed"]) == [failed]
-    assert "bottleneck" in error and f"- failed: {failed}: {error}" in markdown(report)
-    assert report["expert"]["seen"]["success"] == 1.0
-    assert report["do_nothing"]["seen"]["success"] == 0.0
-    assert report["random"]["seen"]["rollouts"] == 4
-    assert "| random actions |" in markdown(report)
-    assert not list(stages.glob("**/checkpoint-*"))
-    assert report["devices"] == ["cpu"]
-    # What is there is not done again, and what failed is tried again.
-    again = Runner(plan, stages, 1)
-    assert {job.kind for job in plan.jobs.values() if not again.finished(job)} == {
-        "quantizer", "codes", "pretrain", "finetune", "choose", "play",
-    }  # fmt: skip
-
-
-def test_a_crash_of_a_process_costs_what_depends_on_its_job(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_runner, "_do", crashing_jobs.do)
-    monkeypatch.setattr(study_runner, "_start_worker", crashing_jobs.start)
-    plan = Plan(load_study(write(tmp_path, methods=["scratch", "lapa"])))
-    runner = Runner(plan, tmp_path / "stages", 2)
-    runner.run()
-    # Begun again, what crashed once is done; what crashes always fails, and no more than what needs it is left.
-    assert [label.split()[0] for label in runner.failed] == ["labelled"]
-    errors = {job.label: study_runner.error_of(runner.stages, job.key) for job in plan.jobs.values()}
-    ((label, error),) = ((label, error) for label, error in errors.items() if error is not None)
-    assert (label, "BrokenProcessPool" in error) == (*runner.failed, True)
-    left = {job.kind for job in plan.jobs.values() if not runner.finished(job)}
-    assert left == {"labelled", "finetune", "choose", "play"}
-    done = {job.kind for job in plan.jobs.values() if runner.finished(job)}
-    assert done >= {"video", "quantizer", "codes", "pretrain", "held_out"}
-
-
-def test_a_failed_finetuning_is_named_beside_one_that_did_not_fail(tmp_path):
-    settings = TINY | {"finetuning_candidates": [[2, 1e-3], [3, 1e-3]]}
-    plan, stages = Plan(load_study(write(tmp_path, methods=["scratch"], settings=settings))), tmp_path / "stages"
-    first, second = (job for job in plan.jobs.values() if job.kind == "finetune")
-    assert first.label == second.label
-    (stages / first.key).mkdir(parents=True)
-    (stages / first.key / "error.txt").write_text("Traceback:\nValueError: too few\n", encoding="utf-8")
-    assert Results(plan, stages).failed == {first.label: "ValueError: too few"}
 
 
 def test_jobs_record_and_play_in_as_many_processes_as_are_given(tmp_path, monkeypatch):

@@ -28,7 +28,6 @@ from lapa.hub_cards.export import export
 from lapa.processing.action_tokenization_lapa import ActionTokenizer
 from lapa.training import scripts
 from lapa.training.label_latent_actions import hash_weights, read_labels
-from lapa.training.sources import jsonl_steps
 
 CPU = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -406,15 +405,6 @@ def test_a_loss_that_is_no_number_names_its_examples_in_every_stage(chain, bridg
     error = error_of(capsys, finetune(chain, bridge, tmp_path / "robot", *too_long))
     step = r"bridge_dataset/train \S+ step \d+"
     assert re.search(rf"the loss is (nan|inf) at step [2-5], on {step}, {step}, ", error), error
-
-
-def test_columns_in_memory_know_their_rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    row = json.loads(shared_path("fixtures/data/latent.jsonl").read_text().splitlines()[0])
-    path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    train, held = jsonl_steps(path, "latent").split(1)
-    assert train.example_ids == [f"{path}, row {number}" for number in (1, 2, 3)]
-    assert held.example_ids == [f"{path}, row 4"]
 
 
 def test_wrong_checkpoint_for_a_stage_is_refused(chain, bridge, tmp_path, capsys):
