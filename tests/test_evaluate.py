@@ -12,14 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from hub_folders import save_policy
 
 from lapa.cli import main
+from lapa.configuration.configuration_lapa import LapaConfig
 from lapa.evaluation import evaluate as evaluate_module
 from lapa.evaluation.environment_pool import EnvironmentPool
 from lapa.evaluation.environments.gymnasium_adapter import GymnasiumEvaluation
 from lapa.evaluation.environments.tabletop_adapter import TabletopEvaluation
 from lapa.evaluation.evaluate import Evaluation, EvaluationSettings, RolloutLog
-from lapa.evaluation.policies import NamedPolicy
+from lapa.evaluation.policies import NamedPolicy, open_policy
 from lapa.evaluation.rollout import EpisodeDraws, PolicyController, RandomActions
 from lapa.evaluation.suites import load_suite, suite_names
 from lapa.serving.client import RemotePolicy, decode_action, encode_array
@@ -184,6 +186,17 @@ def test_environments_that_leave_traces_play_one_task_at_a_time(suite, tmp_path,
     monkeypatch.setattr(TabletopEvaluation, "mixes_tasks", False)
     *_, sizes = played_with(suite, tmp_path / "out", 13)
     assert sizes == [6, 6, 6]
+
+
+def test_finetuned_policies_and_those_without_weights_mix(tmp_path):
+    folder = str(save_policy(tmp_path / "policy", "action"))
+    action_dim = LapaConfig.from_pretrained(folder).action_dim
+    for options in ({}, {"do_sample": True}):
+        assert open_policy(folder, action_dim, **options).mixes
+    assert all(open_policy(name, 2).mixes for name in ("expert", "do_nothing", "random", "http://127.0.0.1:1"))
+    assert [name for name in suite_names() if load_suite(name).mixes_tasks()] == [
+        "metaworld-mt10", "tabletop", "tabletop-demo", "tabletop-gripper",
+    ]  # fmt: skip
 
 
 def test_a_policy_whose_draws_are_of_the_batch_plays_every_cell_by_itself(suite, tmp_path):

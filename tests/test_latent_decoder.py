@@ -140,7 +140,9 @@ def test_an_evaluation_opens_it_and_tells_it_from_others(folder, tmp_path, train
     played = open_policy(str(folder), 2)
     assert played.identity["decoder"] != played.identity["policy"]
     assert open_policy(str(folder), 2).identity == played.identity
-    assert open_policy(str(folder), 2, do_sample=True).identity != played.identity
+    sampling = open_policy(str(folder), 2, do_sample=True)
+    assert sampling.identity != played.identity
+    assert sampling.mixes and played.mixes
     with pytest.raises(ValueError, match="has actions of 2 numbers, this suite's environment takes 7"):
         open_policy(str(folder), 7)
     with pytest.raises(ValueError, match="`replan_every` does not apply"):

@@ -118,6 +118,8 @@ def test_frames_further_apart_repeat_their_action(folders):
 
 def test_sampling_depends_on_the_seed_alone(folders):
     policy = open_policy(str(folders / "policy"), action_dim=2)
+    # It draws for all that are played together at once.
+    assert not policy.mixes
     player = policy.controller.player.policy
 
     def chunk(seed):
